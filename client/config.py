@@ -1,0 +1,111 @@
+"""Settings of a client, read from a TOML file, the environment and flags; flags win.
+
+Reading is pure: the caller passes the environment in. Nothing is read on import.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from swarm.protocol.errors import ConfigError
+
+PEERS_VARIABLE = "SWARM_PEERS"
+"""Environment variable with peer addresses, separated by commas or white space."""
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """Everything that a client process can be told."""
+
+    peers: tuple[str, ...]
+    """Addresses of peers to join through, e.g. ``/ip4/192.0.2.7/tcp/31330/p2p/12D3KooW...``."""
+    identity_path: Path | None = None
+    """Key file of this client; None makes a fresh identity for each process."""
+    dtype: str = "auto"
+    """Precision of embeddings and head, and of activations on the wire; auto follows the checkpoint."""
+    connect_timeout_s: float = 20.0
+    """How long joining the swarm may take."""
+    open_timeout_s: float = 30.0
+    """How long opening a chain may take, asking all hops for room included."""
+    step_timeout_s: float = 120.0
+    """How long one step (a token, or one piece of a long prompt) may take through the whole chain."""
+
+    def __post_init__(self) -> None:
+        if not self.peers:
+            raise ConfigError(
+                "no peers to join through; pass --peers ADDRESS or set "
+                f"{PEERS_VARIABLE} to the address that a seed or node prints when it starts"
+            )
+        for address in self.peers:
+            if not address.startswith("/") or "/p2p/" not in address:
+                raise ConfigError(
+                    f"{address!r} is no peer address; expected something like "
+                    "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooW..."
+                )
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+        for name in ("connect_timeout_s", "open_timeout_s", "step_timeout_s"):
+            if not 0 < getattr(self, name) <= 24 * 3600:
+                raise ConfigError(f"{name} must be above 0 and at most a day")
+
+
+def split_addresses(text: str) -> tuple[str, ...]:
+    """Addresses out of a text that separates them by commas or white space."""
+    return tuple(text.replace(",", " ").split())
+
+
+def load_settings(
+    flags: Mapping[str, Any],
+    *,
+    environment: Mapping[str, str],
+    config_file: Path | None = None,
+) -> ClientSettings:
+    """Merge the sources. ``flags`` holds field names; a value of None or () means "not given".
+
+    Raises ConfigError for files that cannot be read, unknown names and values of a wrong type.
+    """
+    merged: dict[str, Any] = {"peers": ()}
+    if config_file is not None:
+        merged |= _read_file(config_file)
+    if environment.get(PEERS_VARIABLE):
+        merged["peers"] = split_addresses(environment[PEERS_VARIABLE])
+    merged |= {name: value for name, value in flags.items() if value not in (None, (), [])}
+    return ClientSettings(**_typed(merged))
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid TOML: {error}") from error
+
+
+def _typed(values: dict[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in fields(ClientSettings)}
+    typed: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}; known are {', '.join(sorted(known))}")
+        if name == "peers":
+            if isinstance(value, str):
+                value = split_addresses(value)
+            if not all(isinstance(address, str) for address in value):
+                raise ConfigError("peers must be a list of addresses")
+            typed[name] = tuple(value)
+        elif name == "identity_path":
+            typed[name] = Path(value).expanduser()
+        elif name == "dtype":
+            typed[name] = str(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            typed[name] = float(value)
+        else:
+            raise ConfigError(f"{name} must be a number of seconds")
+    return typed

@@ -1,0 +1,323 @@
+"""The command ``swarm-node``: reads flags, sets the process up and hands over to ``app``.
+
+Heavy packages are imported inside the commands, so that ``--help`` answers at once.
+
+Exit codes: 0 left cleanly, 1 doctor found a failure or a bug ended the node, 2 wrong usage or
+settings, 3 the blocks cannot be served (checkpoint, memory), 4 the network cannot be used.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from swarm.node.config import NodeSettings, SeedSettings, load_settings
+from swarm.protocol.errors import (
+    CheckpointError,
+    NetworkError,
+    NoRouteError,
+    ProtocolError,
+    RemoteError,
+    SwarmError,
+)
+
+if TYPE_CHECKING:
+    from swarm.node.view import View
+
+EXIT_USAGE = 2
+EXIT_CANNOT_SERVE = 3
+EXIT_NETWORK = 4
+
+app = typer.Typer(
+    name="swarm-node",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Give a part of your computer to a swarm that runs language models.\n\n"
+    "A model is cut into blocks; each node hosts some of them, and text is made by a chain of "
+    "nodes. [bold]doctor[/bold] tells whether this computer is ready, [bold]join[/bold] hosts "
+    "blocks until Ctrl-C, [bold]seed[/bold] runs the meeting point of a new swarm.",
+)
+
+# --- flags that several commands share -----------------------------------------------------------
+Peers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--peers",
+        metavar="ADDRESS",
+        help="A peer to join by, as printed by [bold]seed[/bold]; repeat it or separate by commas.",
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="TOML file with settings; flags win over it."),
+]
+Name = Annotated[
+    str | None, typer.Option("--name", help='Name shown to others, as "University of Nairobi".')
+]
+Listen = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--listen",
+        metavar="ADDRESS",
+        help="Multiaddress to listen on, as /ip4/0.0.0.0/tcp/31330; repeatable.",
+    ),
+]
+Announce = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--announce",
+        metavar="ADDRESS",
+        help="Multiaddress to tell others, when a router forwards a port; repeatable.",
+    ),
+]
+Identity = Annotated[
+    Path | None,
+    typer.Option("--identity", metavar="FILE", help="Key file; made when missing, mode 0600."),
+]
+MetricsPort = Annotated[
+    int | None,
+    typer.Option("--metrics-port", help="Port of the metrics on 127.0.0.1; 0 picks a free one."),
+]
+Metrics = Annotated[
+    bool | None, typer.Option("--metrics/--no-metrics", help="Serve Prometheus metrics.")
+]
+LogLevel = Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines, for programs.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Print plain lines, no live view.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="auto, cpu, cuda, mps or xpu; cuda:1 for the second.")
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "swarm-node join SmolLM2-135M-Instruct --peers /ip4/192.0.2.1/tcp/31330/p2p/12D3KooW...\n\n"
+    "swarm-node join ./checkpoint --blocks 0:10 --dtype float32 --peers ...\n\n"
+    "swarm-node join --config node.toml --json"
+)
+def join(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Checkpoint folder, or a name in the Hugging Face cache or hub."),
+    ] = None,
+    peers: Peers = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option("--blocks", metavar="FIRST:END", help="Blocks to host: 0:10 is 0 to 9."),
+    ] = None,
+    number_of_blocks: Annotated[
+        int | None,
+        typer.Option("--num-blocks", help="How many blocks to host, where they are missing most."),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    name: Name = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Most memory to use, as 8GiB."),
+    ] = None,
+    cache_tokens: Annotated[
+        int | None, typer.Option("--cache-tokens", help="Tokens of all sessions together.")
+    ] = None,
+    listen: Listen = None,
+    announce: Announce = None,
+    identity: Identity = None,
+    metrics: Metrics = None,
+    metrics_port: MetricsPort = None,
+    config: Config = None,
+    log_level: LogLevel = None,
+    as_json: AsJson = False,
+    plain: Plain = False,
+) -> None:
+    """Host blocks of a model until Ctrl-C.
+
+    Without [bold]--blocks[/bold] the node takes as many blocks as fit into its memory, where the
+    swarm has the fewest nodes. Ctrl-C leaves cleanly, a second one at once.
+    """
+    view = _view(as_json, plain)
+    with _Outcome(view):
+        settings = load_settings(
+            NodeSettings,
+            config,
+            os.environ,
+            {
+                "model": model,
+                "peers": peers,
+                "blocks": blocks,
+                "number_of_blocks": number_of_blocks,
+                "device": device,
+                "dtype": dtype,
+                "display_name": name,
+                "threads": threads,
+                "memory_bytes": memory,
+                "cache_tokens": cache_tokens,
+                "listen_addresses": listen,
+                "announce_addresses": announce,
+                "identity_path": identity,
+                "metrics": metrics,
+                "metrics_port": metrics_port,
+                "log_level": log_level,
+            },
+        )
+        _prepare_process(settings.log_level)
+        from swarm.node.app import run_node
+
+        _run(run_node(settings, view))
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "swarm-node seed --listen /ip4/0.0.0.0/tcp/31330\n\n"
+    "swarm-node seed --peers /ip4/192.0.2.1/tcp/31330/p2p/12D3KooW... --name 'Ministry'"
+)
+def seed(
+    peers: Peers = None,
+    name: Name = None,
+    listen: Listen = None,
+    announce: Announce = None,
+    identity: Identity = None,
+    metrics: Metrics = None,
+    metrics_port: MetricsPort = None,
+    config: Config = None,
+    log_level: LogLevel = None,
+    as_json: AsJson = False,
+    plain: Plain = False,
+) -> None:
+    """Run a peer without blocks, by which others find each other.
+
+    Without [bold]--peers[/bold] it starts a new swarm. Anyone can run a seed, and a swarm should
+    have several: nodes may name any of them.
+    """
+    view = _view(as_json, plain)
+    with _Outcome(view):
+        settings = load_settings(
+            SeedSettings,
+            config,
+            os.environ,
+            {
+                "peers": peers,
+                "display_name": name,
+                "listen_addresses": listen,
+                "announce_addresses": announce,
+                "identity_path": identity,
+                "metrics": metrics,
+                "metrics_port": metrics_port,
+                "log_level": log_level,
+            },
+        )
+        _prepare_process(settings.log_level)
+        from swarm.node.app import run_seed
+
+        _run(run_seed(settings, view))
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "swarm-node doctor\n\n"
+    "swarm-node doctor ./checkpoint --peers /ip4/192.0.2.1/tcp/31330/p2p/12D3KooW... --json"
+)
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="Model whose files to check as well, as for join.")
+    ] = None,
+    peers: Peers = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    listen: Listen = None,
+    identity: Identity = None,
+    config: Config = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check whether this computer can host blocks, and say what to do.
+
+    Contacts nobody but the peers given by [bold]--peers[/bold]. Exit code 1 if something fails.
+    """
+    view = _view(as_json, True)
+    with _Outcome(view):
+        settings = load_settings(
+            NodeSettings,
+            config,
+            os.environ,
+            {
+                "model": model if model is not None or config is not None else "",
+                "peers": peers,
+                "device": device,
+                "dtype": dtype,
+                "listen_addresses": listen,
+                "identity_path": identity,
+            },
+        )
+        _prepare_process("error")
+        from swarm.node.doctor import examine, print_report
+        from swarm.node.probes import SystemProbes
+
+        checks = _run(examine(settings, SystemProbes()))
+        print_report(checks, as_json=as_json)
+        if any(check.level == "fail" for check in checks):
+            raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the console script; wrong usage ends with exit code 2."""
+    app()
+
+
+# --- around every command ------------------------------------------------------------------------
+class _Outcome:
+    """Turns our errors into one line and an exit code; bugs keep their traceback."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, SwarmError):
+            self._view.error(str(error))
+            raise typer.Exit(exit_code(error)) from None
+
+
+def exit_code(error: SwarmError) -> int:
+    """Which of the documented exit codes an error ends the process with."""
+    match error:
+        case CheckpointError():
+            return EXIT_CANNOT_SERVE
+        case NetworkError() | RemoteError() | ProtocolError() | NoRouteError():
+            return EXIT_NETWORK
+        case _:
+            return EXIT_USAGE
+
+
+def _view(as_json: bool, plain: bool) -> View:
+    from swarm.node.view import make_view
+
+    return make_view(as_json=as_json, plain=plain)
+
+
+def _prepare_process(log_level: str) -> None:
+    """What must be set before heavy packages load, and where the log goes."""
+    # With other busy processes, threads that spin make a token 2.6 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(
+        level=log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+
+
+def _run(coroutine: Any) -> Any:
+    import asyncio
+
+    return asyncio.run(coroutine)

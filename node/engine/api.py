@@ -1,0 +1,105 @@
+"""What the rest of a node knows of its engine. Free of torch, so that simulations can plug in a toy.
+
+The service hands wire tensors in and gets wire tensors out; what happens in between (device,
+batching, attention) is the engine's own business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from swarm.protocol.tensors import DType, WireTensor
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRequest:
+    """The cache of one session on this node: ``rows x maximum_tokens`` for ``[first_block, end_block)``.
+
+    Block numbers are the model's, not the span's. ``left_padding`` is empty or has one count per
+    row: that many leading positions are padding.
+    """
+
+    first_block: int
+    end_block: int
+    rows: int
+    maximum_tokens: int
+    wire_dtype: DType
+    left_padding: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """Activations ``[rows, tokens, hidden]`` for positions ``position .. position + tokens``.
+
+    The session's state machine has already checked numbers, positions and shapes. The engine first
+    cuts the cache to ``position``, then permutes its rows by ``row_order`` (if not empty), then
+    computes. ``output_tokens`` trailing positions are returned.
+    """
+
+    activations: WireTensor
+    position: int
+    output_tokens: int
+    row_order: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Activations ``[rows, output_tokens, hidden]`` in the session's wire dtype, encoding RAW."""
+
+    activations: WireTensor
+    queue_us: int
+    compute_us: int
+
+
+class SessionCache(Protocol):
+    """The reserved cache of one session."""
+
+    def close(self) -> None:
+        """Free the reservation. Steps still queued are dropped; a second call does nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """A snapshot for announcements, the terminal view and metrics."""
+
+    cache_tokens_total: int
+    """Tokens (one row) for which the whole span has room."""
+    cache_tokens_free: int
+    queued_steps: int
+    busy_fraction: float
+    """Share of the last 10 s in which the device worked, 0 to 1."""
+
+
+class Engine(Protocol):
+    """Blocks ``[first_block, end_block)`` of one model revision on one device."""
+
+    @property
+    def first_block(self) -> int: ...
+
+    @property
+    def end_block(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def maximum_step_tokens(self) -> int:
+        """Most ``rows x tokens`` of one step: what keeps a long prompt from delaying others."""
+
+    @property
+    def load(self) -> EngineLoad: ...
+
+    def reserve(self, request: CacheRequest) -> SessionCache:
+        """Reserve the cache, or raise ProtocolError(NO_CAPACITY); never evicts another session."""
+
+    async def step(self, cache: SessionCache, step: StepInput) -> StepOutput:
+        """Run one step, batched with those of other sessions.
+
+        Steps of one cache run in the order of the calls. Cancelling is safe before the step has
+        started and otherwise waits for it. Raises ProtocolError(NOT_FINITE) when activations, in or
+        out, are not finite or beyond the model's limit.
+        """
+
+    async def close(self) -> None:
+        """Finish the running batch, drop the queue, free the device."""

@@ -1,0 +1,220 @@
+"""Numbers of a running node in Prometheus' text format, on a loopback port.
+
+:class:`NodeMetrics` has its own registry, so that several nodes fit into one process. It is the
+observer that the service reports to; the terminal view reads :meth:`NodeMetrics.totals`. What the
+metrics mean: their help texts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+from prometheus_client.exposition import generate_latest
+
+from swarm.node.engine.api import EngineLoad
+from swarm.protocol.errors import ErrorCode
+
+LOOPBACK = "127.0.0.1"
+SECONDS_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+class LoadedEngine(Protocol):
+    """The part of an engine that is asked when metrics are read."""
+
+    @property
+    def load(self) -> EngineLoad: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NodeTotals:
+    """Sums since the start, for the terminal view."""
+
+    sessions_open: int = 0
+    steps: int = 0
+    tokens: int = 0
+    refused: int = 0
+    bytes_received: int = 0
+    bytes_sent: int = 0
+
+
+class NodeMetrics:
+    """Counters, gauges and histograms of one node. Methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self._info = Info("swarm_node", "What computes on this node.", registry=registry)
+        self._sessions_open = Gauge(
+            "swarm_node_sessions_open", "Sessions open now.", registry=registry
+        )
+        self._sessions = Counter(
+            "swarm_node_sessions_total", "Sessions opened since the start.", registry=registry
+        )
+        self._steps = Counter(
+            "swarm_node_steps_total",
+            "Steps computed; kind is prefill (many tokens) or decode (one token a row).",
+            ["kind"],
+            registry=registry,
+        )
+        self._tokens = Counter(
+            "swarm_node_tokens_total",
+            "Tokens (rows x positions) that went through the whole span of a session.",
+            ["kind"],
+            registry=registry,
+        )
+        self._batch_size = Histogram(
+            "swarm_node_batch_size_steps",
+            "Steps of different sessions computed in one batch.",
+            buckets=BATCH_BUCKETS,
+            registry=registry,
+        )
+        self._queue = Histogram(
+            "swarm_node_step_queue_seconds",
+            "Time that a step waited for the device.",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self._compute = Histogram(
+            "swarm_node_step_compute_seconds",
+            "Time that the batch of a step took on the device.",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self._refused = Counter(
+            "swarm_node_refused_total",
+            "Frames, sessions and steps refused; code is the error that the peer was told.",
+            ["code"],
+            registry=registry,
+        )
+        self._bytes = Counter(
+            "swarm_node_bytes_total",
+            "Bytes of frames on session streams; direction is in or out.",
+            ["direction"],
+            registry=registry,
+        )
+        self._cache_used = Gauge(
+            "swarm_node_cache_tokens_used", "Tokens reserved in the cache.", registry=registry
+        )
+        self._cache_total = Gauge(
+            "swarm_node_cache_tokens_total", "Tokens that the cache can hold.", registry=registry
+        )
+        self._queued = Gauge(
+            "swarm_node_queued_steps", "Steps that wait for the device.", registry=registry
+        )
+        self._busy = Gauge(
+            "swarm_node_busy_ratio",
+            "Share of the last 10 s in which the device worked.",
+            registry=registry,
+        )
+        self._lock = threading.Lock()
+        self._totals = NodeTotals()
+
+    @property
+    def totals(self) -> NodeTotals:
+        """A consistent snapshot of the sums."""
+        with self._lock:
+            return self._totals
+
+    def describe_engine(self, description: Mapping[str, str]) -> None:
+        """Labels of ``swarm_node_info``: device, dtype, threads, packed linears, span and so on."""
+        self._info.info(dict(description))
+
+    def watch_engine(self, engine: LoadedEngine) -> None:
+        """Read cache use and queue from the engine whenever the metrics are read."""
+        self._cache_used.set_function(
+            lambda: engine.load.cache_tokens_total - engine.load.cache_tokens_free
+        )
+        self._cache_total.set_function(lambda: engine.load.cache_tokens_total)
+        self._queued.set_function(lambda: engine.load.queued_steps)
+        self._busy.set_function(lambda: engine.load.busy_fraction)
+
+    def session_opened(self) -> None:
+        self._sessions.inc()
+        self._sessions_open.inc()
+        self._add(sessions_open=1)
+
+    def session_closed(self) -> None:
+        self._sessions_open.dec()
+        self._add(sessions_open=-1)
+
+    def step_done(self, *, rows: int, tokens: int, queue_us: int, compute_us: int) -> None:
+        """A step of ``rows x tokens`` was computed; ``tokens == 1`` counts as decode."""
+        kind = "decode" if tokens == 1 else "prefill"
+        self._steps.labels(kind).inc()
+        self._tokens.labels(kind).inc(rows * tokens)
+        self._queue.observe(queue_us / 1e6)
+        self._compute.observe(compute_us / 1e6)
+        self._add(steps=1, tokens=rows * tokens)
+
+    def batch_computed(self, steps: int) -> None:
+        """The device computed ``steps`` steps in one batch."""
+        self._batch_size.observe(steps)
+
+    def refused(self, code: ErrorCode) -> None:
+        self._refused.labels(code.name.lower()).inc()
+        self._add(refused=1)
+
+    def bytes_moved(self, *, sent: int, received: int) -> None:
+        self._bytes.labels("out").inc(sent)
+        self._bytes.labels("in").inc(received)
+        self._add(bytes_sent=sent, bytes_received=received)
+
+    def text(self) -> str:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry).decode()
+
+    def _add(
+        self,
+        *,
+        sessions_open: int = 0,
+        steps: int = 0,
+        tokens: int = 0,
+        refused: int = 0,
+        bytes_received: int = 0,
+        bytes_sent: int = 0,
+    ) -> None:
+        with self._lock:
+            old = self._totals
+            self._totals = NodeTotals(
+                old.sessions_open + sessions_open,
+                old.steps + steps,
+                old.tokens + tokens,
+                old.refused + refused,
+                old.bytes_received + bytes_received,
+                old.bytes_sent + bytes_sent,
+            )
+
+
+class MetricsServer:
+    """Serves a registry over HTTP on loopback, in a daemon thread of its own."""
+
+    def __init__(self, registry: CollectorRegistry, port: int = 0) -> None:
+        """Listen on ``port`` (0: a free one). Raises OSError when it is taken."""
+        server, thread = start_http_server(port, addr=LOOPBACK, registry=registry)
+        self._server: WSGIServer = server
+        self._thread: threading.Thread = thread
+        self.url = f"http://{LOOPBACK}:{server.server_port}/metrics"
+
+    def close(self) -> None:
+        """Stop and free the port; takes up to half a second, so not for the event loop's thread."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def __enter__(self) -> MetricsServer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,309 @@
+"""What a volunteer sees: a live terminal view, plain lines, or JSON lines for programs.
+
+All three are fed by a callable that returns a :class:`NodeStatus`; none of them knows where its
+numbers come from. :func:`render` is pure and draws one snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import IO, Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+LIVE_PERIOD_S = 1.0
+STATUS_PERIOD_S = 10.0
+MAXIMUM_BAR_CELLS = 64
+STATE_STYLES = {"online": "bold green", "draining": "bold yellow", "stopped": "dim"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStatus:
+    """A snapshot of a node or a seed. A seed has no blocks: ``model`` is empty."""
+
+    state: str = "starting"
+    """starting, loading, joining, online, draining or stopped."""
+    peer_id: str = ""
+    display_name: str = ""
+    addresses: tuple[str, ...] = ()
+    """Multiaddresses with ``/p2p/PEER_ID``, as others write them after ``--peers``."""
+    metrics_url: str = ""
+    uptime_s: float = 0.0
+    model: str = ""
+    model_blocks: int = 0
+    first_block: int = 0
+    end_block: int = 0
+    coverage: tuple[int, ...] = ()
+    """Nodes that serve each block of the model, this one included; empty when not known yet."""
+    engine: str = ""
+    """Device, dtype and threads, for people."""
+    loading_fraction: float | None = None
+    """Share of the span's weights that is loaded, while they are being loaded."""
+    sessions: int = 0
+    tokens: int = 0
+    tokens_per_s: float = 0.0
+    """Over the last 10 s."""
+    queued_steps: int = 0
+    cache_tokens_used: int = 0
+    cache_tokens_total: int = 0
+    refused: int = 0
+
+
+StatusSource = Callable[[], NodeStatus]
+
+
+class RecentRate:
+    """Growth per second of a sum over the last ``window_s`` seconds."""
+
+    def __init__(self, window_s: float = 10.0) -> None:
+        self._window_s = window_s
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def update(self, now_s: float, total: int) -> float:
+        """Note the sum at ``now_s`` (never decreasing) and return the rate."""
+        samples = self._samples
+        samples.append((now_s, total))
+        while len(samples) > 2 and samples[1][0] <= now_s - self._window_s:
+            samples.popleft()
+        first_s, first_total = samples[0]
+        return (total - first_total) / (now_s - first_s) if now_s > first_s else 0.0
+
+
+class View(Protocol):
+    """Shows a node to its owner."""
+
+    async def watch(self, status: StatusSource) -> None:
+        """Show the status again and again until cancelled."""
+
+    def ready(self, status: NodeStatus) -> None:
+        """The node now answers peers and has been announced."""
+
+    def stopped(self) -> None:
+        """The node has left the swarm."""
+
+    def error(self, message: str) -> None:
+        """The node cannot go on."""
+
+
+class JsonView:
+    """One JSON object per line on ``stream``; the ``event`` key tells what it is."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stdout
+
+    async def watch(self, status: StatusSource) -> None:
+        while True:
+            await asyncio.sleep(STATUS_PERIOD_S)
+            self._write("status", asdict(status()))
+
+    def ready(self, status: NodeStatus) -> None:
+        self._write(
+            "ready",
+            {
+                "peer_id": status.peer_id,
+                "addresses": status.addresses,
+                "model": status.model,
+                "first_block": status.first_block,
+                "end_block": status.end_block,
+                "metrics_url": status.metrics_url,
+            },
+        )
+
+    def stopped(self) -> None:
+        self._write("stopped", {})
+
+    def error(self, message: str) -> None:
+        self._write("error", {"message": message})
+
+    def _write(self, event: str, content: dict[str, object]) -> None:
+        self._stream.write(json.dumps({"event": event, **content}) + "\n")
+        self._stream.flush()
+
+
+class PlainView:
+    """Calm lines for logs and pipes: each change of state, and the load when there is any."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._last = ""
+
+    async def watch(self, status: StatusSource) -> None:
+        seconds = 0.0
+        while True:
+            current = status()
+            if current.state != self._last:
+                self._last = current.state
+                self._line(f"{current.state} {describe_span(current)}".rstrip())
+            elif seconds >= STATUS_PERIOD_S:
+                seconds = 0.0
+                if current.sessions or current.tokens_per_s:
+                    self._line(describe_load(current))
+            await asyncio.sleep(LIVE_PERIOD_S)
+            seconds += LIVE_PERIOD_S
+
+    def ready(self, status: NodeStatus) -> None:
+        self._last = status.state
+        self._line(f"{status.state} as {status.peer_id} {describe_span(status)}".rstrip())
+        for address in status.addresses:
+            self._line(f"address {address}")
+        if status.metrics_url:
+            self._line(f"metrics {status.metrics_url}")
+
+    def stopped(self) -> None:
+        self._line("stopped")
+
+    def error(self, message: str) -> None:
+        print(f"error: {message}", file=sys.stderr)
+
+    def _line(self, text: str) -> None:
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+class LiveView:
+    """The panel of :func:`render`, redrawn each second."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    async def watch(self, status: StatusSource) -> None:
+        with Live(render(status()), console=self._console, auto_refresh=False) as live:
+            try:
+                while True:
+                    # Drawing takes some milliseconds: not on the loop that answers peers.
+                    await asyncio.to_thread(live.update, render(status()), refresh=True)
+                    await asyncio.sleep(LIVE_PERIOD_S)
+            finally:
+                live.update(render(replace(status(), state="stopped")), refresh=True)
+
+    def ready(self, status: NodeStatus) -> None:
+        pass  # the panel shows it within a second
+
+    def stopped(self) -> None:
+        self._console.print("The node has left the swarm. Thank you.", style="dim")
+
+    def error(self, message: str) -> None:
+        self._console.print(Text.assemble(("error: ", "bold red"), message))
+
+
+def make_view(*, as_json: bool, plain: bool) -> View:
+    """The view for this process' standard output."""
+    if as_json:
+        return JsonView()
+    if plain or not sys.stdout.isatty():
+        return PlainView()
+    return LiveView(Console())
+
+
+# --- drawing -------------------------------------------------------------------------------------
+def render(status: NodeStatus) -> RenderableType:
+    """One snapshot as a panel of at most 100 columns."""
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(overflow="fold")
+    if status.model:
+        rows.add_row("model", Text(status.model))
+        _add_blocks(rows, status)
+        rows.add_row("engine", status.engine or "loading")
+        if status.loading_fraction is not None:
+            rows.add_row("weights", ProgressBar(1.0, status.loading_fraction, width=40))
+        rows.add_row("sessions", f"{status.sessions}   queue {status.queued_steps}")
+        rows.add_row("tokens", f"{status.tokens_per_s:,.1f}/s   {status.tokens:,} in total")
+        rows.add_row("cache", _cache(status))
+    rows.add_row("uptime", format_duration(status.uptime_s))
+    rows.add_row("peer id", status.peer_id or "connecting")
+    for number, address in enumerate(status.addresses):
+        rows.add_row("" if number else "addresses", Text(address))
+    if status.metrics_url:
+        rows.add_row("metrics", status.metrics_url)
+    title = Text.assemble(
+        (status.display_name or ("node" if status.model else "seed"), "bold"),
+        "  ",
+        (status.state, STATE_STYLES.get(status.state, "bold cyan")),
+    )
+    hint = Text("Ctrl-C leaves the swarm cleanly", style="dim")
+    return Panel(Group(rows), title=title, subtitle=hint, width=100, padding=(1, 2))
+
+
+def _add_blocks(rows: Table, status: NodeStatus) -> None:
+    if not status.model_blocks:
+        return
+    serving = status.end_block > status.first_block
+    label = f"  {status.first_block}:{status.end_block} of {status.model_blocks}"
+    rows.add_row("blocks", Text.assemble(span_bar(status), label if serving else ""))
+    if status.coverage:
+        missing = sum(1 for count in status.coverage if count == 0)
+        weakest = f"  {missing} blocks without a node" if missing else "  every block is served"
+        rows.add_row("swarm", Text.assemble(coverage_bar(status.coverage), weakest))
+
+
+def span_bar(status: NodeStatus) -> Text:
+    """The model from left to right, the own blocks filled."""
+    bar = Text()
+    for first, end in _cells(status.model_blocks):
+        own = first < status.end_block and end > status.first_block
+        bar.append("█" if own else "░", "green" if own else "dim")
+    return bar
+
+
+def coverage_bar(coverage: tuple[int, ...]) -> Text:
+    """Per cell, the replicas of its least covered block, 1 to 9 or ``+``; ``·`` for none."""
+    bar = Text()
+    for first, end in _cells(len(coverage)):
+        count = min(coverage[first:end])
+        style = "red" if count == 0 else "yellow" if count == 1 else "green"
+        bar.append("·" if count == 0 else str(count) if count < 10 else "+", style)
+    return bar
+
+
+def _cells(blocks: int) -> list[tuple[int, int]]:
+    """Cut ``blocks`` into at most MAXIMUM_BAR_CELLS ranges of nearly equal length."""
+    count = min(blocks, MAXIMUM_BAR_CELLS)
+    return [(i * blocks // count, (i + 1) * blocks // count) for i in range(count)]
+
+
+def _cache(status: NodeStatus) -> RenderableType:
+    total = status.cache_tokens_total
+    if not total:
+        return "none yet"
+    line = Table.grid(padding=(0, 2))
+    used = status.cache_tokens_used
+    line.add_row(ProgressBar(total, used, width=24), f"{used:,} of {total:,} tokens reserved")
+    return line
+
+
+def describe_span(status: NodeStatus) -> str:
+    """``serving blocks 0:10 of 30 of MODEL``, or nothing for a seed."""
+    if not status.model or status.end_block <= status.first_block:
+        return ""
+    return (
+        f"serving blocks {status.first_block}:{status.end_block} of {status.model_blocks} "
+        f"of {status.model} ({status.engine})"
+    )
+
+
+def describe_load(status: NodeStatus) -> str:
+    """One line of numbers for logs."""
+    return (
+        f"sessions {status.sessions}, {status.tokens_per_s:.1f} tokens/s, "
+        f"{status.tokens} tokens in total, cache {status.cache_tokens_used} of "
+        f"{status.cache_tokens_total} tokens, queue {status.queued_steps}"
+    )
+
+
+def format_duration(duration_s: float) -> str:
+    """``2 d 03:04:05``."""
+    seconds = int(duration_s)
+    days, seconds = divmod(seconds, 86400)
+    clock = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    return f"{days} d {clock}" if days else clock

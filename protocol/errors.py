@@ -1,0 +1,152 @@
+"""Every error of the project, split by who has to act.
+
+::
+
+    SwarmError
+    |-- UsageError            we, or our user, asked for something that makes no sense
+    |   |-- CheckpointError       the model's files are missing, incomplete or of an unknown family
+    |   `-- ConfigError           a setting is wrong
+    |-- ProtocolError         a peer broke the protocol; the peer is to blame
+    |   |-- DecodeError           bytes that are no valid message
+    |   `-- RecordError           a directory record that must be dropped
+    |-- RemoteError           a peer answered with an error code
+    |-- NetworkError          nobody is to blame: the link or the peer is gone
+    |   `-- PeerUnreachable       could not even be dialled
+    `-- NoRouteError          the swarm cannot serve this now (which blocks, or when to retry)
+
+Only an :class:`ErrorCode`, a retry hint and a fixed text from :data:`ERROR_TEXTS` cross the wire.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ErrorCode(IntEnum):
+    """Codes on the wire. A removed code stays listed and is never given a new meaning."""
+
+    INTERNAL = 1
+    BAD_FRAME = 2
+    UNKNOWN_MESSAGE = 3
+    BAD_FIELD = 4
+    TOO_LARGE = 5
+    UNSUPPORTED_VERSION = 6
+    UNEXPECTED_MESSAGE = 7
+    UNKNOWN_MODEL = 8
+    BLOCKS_NOT_HOSTED = 9
+    UNKNOWN_SESSION = 10
+    NOT_NAMED_BY_SESSION = 11
+    NO_CAPACITY = 12
+    TOO_MANY_SESSIONS = 13
+    BAD_STEP = 14
+    STALE_STEP = 15
+    GAP = 16
+    BAD_POSITION = 17
+    BAD_TENSOR = 18
+    NOT_FINITE = 19
+    NEXT_HOP_LOST = 20
+    PREVIOUS_HOP_LOST = 21
+    DEADLINE_PASSED = 22
+    TOO_SLOW = 23
+    SESSION_EXPIRED = 24
+    DRAINING = 25
+    UNSUPPORTED_DTYPE = 26
+    TOO_MANY_STEPS = 27
+    NEXT_HOP_UNKNOWN = 28
+
+
+ERROR_TEXTS: dict[ErrorCode, str] = {
+    ErrorCode.INTERNAL: "the node failed; try another node",
+    ErrorCode.BAD_FRAME: "the bytes are no valid frame",
+    ErrorCode.UNKNOWN_MESSAGE: "unknown message tag",
+    ErrorCode.BAD_FIELD: "a field is missing or has a wrong type or value",
+    ErrorCode.TOO_LARGE: "larger than this node accepts",
+    ErrorCode.UNSUPPORTED_VERSION: "no protocol version in common; update the older side",
+    ErrorCode.UNEXPECTED_MESSAGE: "this message is not allowed now",
+    ErrorCode.UNKNOWN_MODEL: "this node does not host that model revision",
+    ErrorCode.BLOCKS_NOT_HOSTED: "this node does not host these blocks",
+    ErrorCode.UNKNOWN_SESSION: "no such session on this node",
+    ErrorCode.NOT_NAMED_BY_SESSION: "the session did not name this peer",
+    ErrorCode.NO_CAPACITY: "no room for this session now; retry later",
+    ErrorCode.TOO_MANY_SESSIONS: "too many sessions from this peer",
+    ErrorCode.BAD_STEP: "step number out of order",
+    ErrorCode.STALE_STEP: "the result of this step is no longer kept",
+    ErrorCode.GAP: "steps before this one are missing",
+    ErrorCode.BAD_POSITION: "position outside of the session",
+    ErrorCode.BAD_TENSOR: "tensor does not fit the session",
+    ErrorCode.NOT_FINITE: "activations are not finite or too large",
+    ErrorCode.NEXT_HOP_LOST: "the next hop is gone",
+    ErrorCode.PREVIOUS_HOP_LOST: "the previous hop is gone",
+    ErrorCode.DEADLINE_PASSED: "the deadline has passed",
+    ErrorCode.TOO_SLOW: "the peer sends too slowly",
+    ErrorCode.SESSION_EXPIRED: "the session was idle for too long or lived for too long",
+    ErrorCode.DRAINING: "this node is leaving and takes no new sessions",
+    ErrorCode.UNSUPPORTED_DTYPE: "dtype or encoding not supported",
+    ErrorCode.TOO_MANY_STEPS: "too many steps in flight",
+    ErrorCode.NEXT_HOP_UNKNOWN: "the directory knows no such host of this model",
+}
+
+
+class SwarmError(Exception):
+    """Root of all errors that this project raises on purpose."""
+
+
+class UsageError(SwarmError):
+    """The caller asked for something impossible; the text says what to do instead."""
+
+
+class CheckpointError(UsageError):
+    """A model's files are missing, incomplete, damaged or of a family that is not supported."""
+
+
+class ConfigError(UsageError):
+    """A setting is unknown, malformed or contradicts another one."""
+
+
+class ProtocolError(SwarmError):
+    """A peer broke the protocol. ``code`` is what it is told."""
+
+    def __init__(self, code: ErrorCode, detail: str = "") -> None:
+        self.code = code
+        self.detail = detail  # for our own log; never sent
+        super().__init__(f"{code.name}: {detail or ERROR_TEXTS[code]}")
+
+
+class DecodeError(ProtocolError):
+    """Bytes from a peer are no valid message."""
+
+
+class RecordError(ProtocolError):
+    """A directory record whose signature, owner, schema, size or expiry does not fit."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(ErrorCode.BAD_FIELD, detail)
+
+
+class RemoteError(SwarmError):
+    """A peer answered with an error code."""
+
+    def __init__(self, code: ErrorCode, *, peer: str = "", retry_after_ms: int = 0) -> None:
+        self.code = code
+        self.peer = peer
+        self.retry_after_ms = retry_after_ms
+        super().__init__(f"{peer or 'peer'}: {ERROR_TEXTS[code]}")
+
+
+class NetworkError(SwarmError):
+    """The link or the peer is gone, or did not answer in time."""
+
+
+class PeerUnreachable(NetworkError):
+    """The peer could not be dialled."""
+
+
+class NoRouteError(SwarmError):
+    """The swarm cannot serve the request now. ``missing_blocks`` are covered by nobody."""
+
+    def __init__(
+        self, message: str, *, missing_blocks: tuple[int, ...] = (), retry_after_ms: int = 0
+    ) -> None:
+        self.missing_blocks = missing_blocks
+        self.retry_after_ms = retry_after_ms
+        super().__init__(message)

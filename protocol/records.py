@@ -1,0 +1,223 @@
+"""Signed entries of the directory (DHT): what nodes announce of themselves.
+
+A record is a msgpack array ``[kind, payload, signature]``; the payload is a map of numbered fields.
+Who stores or reads one checks it with ``open_record``, and that it lies under ``expected_key``.
+
+A valid signature says who announced a record, not that it is true: speed, load, addresses and the
+state are hints. What a client measures itself counts more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import msgpack
+
+from swarm.protocol.errors import ProtocolError, RecordError, UsageError
+from swarm.protocol.identity import (
+    SIGNATURE_BYTES,
+    Identity,
+    PeerId,
+    public_key_from_peer_id,
+    verify,
+)
+from swarm.protocol.messages import (
+    MAX_BLOCKS,
+    MAX_STEP,
+    PEER,
+    REVISION_BYTES,
+    Array,
+    Bytes,
+    Text,
+    Uint,
+    wire,
+)
+from swarm.protocol.schema import Schema, unpack
+from swarm.protocol.tensors import DType
+
+MAX_RECORD_BYTES = 2048
+MAX_LIFETIME_S = 15 * 60
+MAX_SHARDS = 65536
+MAX_ADAPTERS = 16
+MAX_RECORD_ADDRESSES = 8
+PASSPORT_HASH_BYTES = 32
+SIGNATURE_CONTEXT = b"directory record"
+
+MODEL_NAME = Text(128)
+SMALL_TEXT = Text(64)
+COUNT = Uint(MAX_STEP)
+
+
+class NodeState(IntEnum):
+    """What a node does with new sessions."""
+
+    JOINING = 1
+    """Loads its blocks; takes no sessions yet."""
+    ONLINE = 2
+    DRAINING = 3
+    """Serves its sessions to their end, takes no new ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecord:
+    """One node's span ``[first_block, end_block)`` of one model revision."""
+
+    peer_id: PeerId = wire(1, PEER)
+    model_name: str = wire(2, MODEL_NAME)
+    model_revision: bytes = wire(3, Bytes(REVISION_BYTES, REVISION_BYTES))
+    number_of_blocks: int = wire(4, Uint(MAX_BLOCKS))
+    """Of the whole model."""
+    shards: int = wire(5, Uint(MAX_SHARDS))
+    """Among how many keys the model's records are spread, as this node saw it."""
+    first_block: int = wire(6, Uint(MAX_BLOCKS))
+    end_block: int = wire(7, Uint(MAX_BLOCKS))
+    state: NodeState = wire(8, Uint(255))
+    dtype: DType = wire(9, Uint(255))
+    """In which the node computes."""
+    minimum_version: int = wire(10, Uint(65535))
+    maximum_version: int = wire(11, Uint(65535))
+    sequence: int = wire(12, COUNT)
+    """Grows with each record of the peer; the highest one counts."""
+    expires_unix_s: int = wire(13, COUNT)
+    decode_tokens_per_s: int = wire(14, COUNT, 0)
+    """Through one block, one session."""
+    prefill_tokens_per_s: int = wire(15, COUNT, 0)
+    """Through one block."""
+    cache_tokens_total: int = wire(16, COUNT, 0)
+    cache_tokens_free: int = wire(17, COUNT, 0)
+    queued_steps: int = wire(18, COUNT, 0)
+    quantisation: str = wire(19, SMALL_TEXT, "")
+    adapters: tuple[str, ...] = wire(20, Array(SMALL_TEXT, MAX_ADAPTERS), ())
+    passport_hash: bytes = wire(21, Bytes(0, PASSPORT_HASH_BYTES), b"")
+    addresses: tuple[str, ...] = wire(22, Array(Text(160), MAX_RECORD_ADDRESSES), ())
+    reachable_directly: bool = wire(23, Uint(1), False)
+    software: str = wire(24, SMALL_TEXT, "")
+    display_name: str = wire(25, SMALL_TEXT, "")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIndexRecord:
+    """That a model is served, and among how many shards its nodes' records are spread."""
+
+    peer_id: PeerId = wire(1, PEER)
+    model_name: str = wire(2, MODEL_NAME)
+    model_revision: bytes = wire(3, Bytes(REVISION_BYTES, REVISION_BYTES))
+    number_of_blocks: int = wire(4, Uint(MAX_BLOCKS))
+    shards: int = wire(5, Uint(MAX_SHARDS))
+    hidden_size: int = wire(6, Uint(1 << 20))
+    sequence: int = wire(7, COUNT)
+    expires_unix_s: int = wire(8, COUNT)
+
+
+Record = NodeRecord | ModelIndexRecord
+
+_SCHEMAS: dict[int, Schema[Any]] = {1: Schema(NodeRecord), 2: Schema(ModelIndexRecord)}
+_KINDS: dict[type, int] = {schema.owner: kind for kind, schema in _SCHEMAS.items()}
+
+
+def shard_of(peer_id: PeerId, shards: int) -> int:
+    """The shard of a peer's records: SHA-256 of the peer id's text, first 8 bytes, modulo."""
+    digest = hashlib.sha256(peer_id.encode("ascii")).digest()
+    return int.from_bytes(digest[:8], "big") % shards
+
+
+def shard_key(model_revision: bytes, shard: int) -> str:
+    """Directory key of the node records in one shard of a model."""
+    return f"sovereign-swarm/v1/nodes/{model_revision.hex()}/{shard}"
+
+
+def model_index_key() -> str:
+    """Directory key of all model index records."""
+    return "sovereign-swarm/v1/models"
+
+
+def expected_key(record: Record) -> str:
+    """The only key under which this record may be stored."""
+    if isinstance(record, ModelIndexRecord):
+        return model_index_key()
+    return shard_key(record.model_revision, shard_of(record.peer_id, record.shards))
+
+
+def sign_record(identity: Identity, record: Record) -> bytes:
+    """The bytes to store. Raises UsageError for a record that every peer would drop."""
+    problem = _problem(record)
+    if problem or record.peer_id != identity.peer_id:
+        raise UsageError(problem or "a record is signed by the peer that it speaks of")
+    kind = _KINDS[type(record)]
+    payload: bytes = msgpack.packb(_SCHEMAS[kind].to_map(record))
+    signature = identity.sign(SIGNATURE_CONTEXT, bytes([kind]) + payload)
+    value: bytes = msgpack.packb([kind, payload, signature])
+    if len(value) > MAX_RECORD_BYTES:
+        raise UsageError(
+            f"the record has {len(value)} bytes, {MAX_RECORD_BYTES} are allowed:"
+            " announce fewer addresses or adapters"
+        )
+    return value
+
+
+def open_record(
+    value: bytes, *, now_unix_s: float, expected_peer: PeerId | None = None
+) -> NodeRecord | ModelIndexRecord:
+    """Decode and check a record. ``expected_peer`` owns the subkey where it was found.
+
+    Raises RecordError, and nothing else, for any bytes that are not a valid, live record.
+    """
+    if len(value) > MAX_RECORD_BYTES:
+        raise RecordError("too large")
+    try:
+        kind, payload, signature = _open_envelope(value)
+        schema = _SCHEMAS.get(kind)
+        if schema is None:
+            raise RecordError("unknown kind")
+        record: Record = schema.from_map(unpack(payload))
+        if expected_peer is not None and record.peer_id != expected_peer:
+            raise RecordError("the record of another peer")
+        problem = _problem(record)
+        if problem:
+            raise RecordError(problem)
+        if not now_unix_s < record.expires_unix_s <= now_unix_s + MAX_LIFETIME_S:
+            raise RecordError("expired, or expires too late")
+        verify(record.peer_id, SIGNATURE_CONTEXT, bytes([kind]) + payload, signature)
+    except RecordError:
+        raise
+    except ProtocolError as error:
+        raise RecordError(error.detail) from error
+    return record
+
+
+def _open_envelope(value: bytes) -> tuple[int, bytes, bytes]:
+    envelope = unpack(value)
+    if type(envelope) is not list or len(envelope) != 3:
+        raise RecordError("not a signed record")
+    kind, payload, signature = envelope
+    if type(kind) is not int or type(payload) is not bytes or type(signature) is not bytes:
+        raise RecordError("not a signed record")
+    if len(signature) != SIGNATURE_BYTES:
+        raise RecordError("not signed")
+    return kind, payload, signature
+
+
+def _problem(record: Record) -> str:
+    """What is wrong with a record beyond the bounds of single fields; empty if nothing is."""
+    try:
+        public_key_from_peer_id(record.peer_id)
+    except ProtocolError as error:
+        return error.detail
+    if not record.model_name:
+        return "the model has no name"
+    if record.number_of_blocks < 1 or record.shards < 1:
+        return "a model has at least one block and one shard"
+    if isinstance(record, ModelIndexRecord):
+        return "" if record.hidden_size >= 1 else "the hidden size is 0"
+    if not record.first_block < record.end_block <= record.number_of_blocks:
+        return "the span does not lie within the model"
+    if not record.minimum_version <= record.maximum_version:
+        return "the protocol versions are in the wrong order"
+    if record.cache_tokens_free > record.cache_tokens_total:
+        return "more cache is free than there is"
+    if len(record.passport_hash) not in (0, PASSPORT_HASH_BYTES):
+        return "a passport hash has 32 bytes"
+    return ""

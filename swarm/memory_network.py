@@ -1,0 +1,472 @@
+"""The ports ``Transport`` and ``Directory`` in memory, with links as bad as a simulation wants them.
+
+Rules that hold here:
+
+- All randomness comes from the seed and the order in which peers join, so under
+  ``swarm.virtual_time`` a run can be repeated exactly.
+- A stream delivers its bytes in order and once. Loss costs a retransmission, a cut holds bytes back
+  until it heals or the stream is given up, a crash breaks the stream.
+- A sender waits once ``window_bytes`` of a stream are neither read nor on their way.
+- The directory keeps each entry on the few peers nearest to its key, each of which runs the same
+  checks as in the real network; entries die with these peers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from swarm.ports import Buffer, Clock, DirectoryEntry, StreamHandler
+from swarm.protocol.errors import NetworkError, PeerUnreachable, RecordError
+from swarm.protocol.identity import Identity, PeerId
+from swarm.record_validation import MAX_ENTRIES_PER_KEY, MAX_KEYS, RecordChecker
+from swarm.virtual_time import LoopClock
+
+logger = logging.getLogger(__name__)
+
+PACKET_BYTES = 64 * 1024
+"""A link sends at most this much of one stream before it looks at the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSettings:
+    """One direction between two peers."""
+
+    latency_s: float = 0.0
+    jitter_s: float = 0.0
+    """Up to this much is added to the latency of each packet."""
+    rate_bytes_per_s: float = float("inf")
+    loss: float = 0.0
+    """Share of packets that are lost and sent again after ``retransmit_s``."""
+    retransmit_s: float = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySettings:
+    """What holds for the whole network."""
+
+    link: LinkSettings = LinkSettings()
+    """Of all pairs that :meth:`MemoryNetwork.set_link` was not called for."""
+    window_bytes: int = 1024 * 1024
+    dial_timeout_s: float = 10.0
+    give_up_after_s: float = 30.0
+    """A stream over a cut link breaks after this."""
+    directory_replicas: int = 5
+
+
+class MemoryNetwork:
+    """All peers and links. ``on_event`` sees each dial, packet and directory access with its time."""
+
+    def __init__(
+        self,
+        seed: int = 0,
+        settings: MemorySettings = MemorySettings(),  # noqa: B008 (frozen)
+        *,
+        clock: Clock | None = None,
+        on_event: Callable[[float, str], None] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.clock: Clock = clock or LoopClock()
+        self._seed = seed
+        self._on_event = on_event
+        self._peers: dict[PeerId, MemoryPeer] = {}
+        self._joined = 0
+        self._settings_of_link: dict[tuple[PeerId, PeerId], LinkSettings] = {}
+        self._links: dict[tuple[PeerId, PeerId], _Link] = {}
+        self._cuts: set[frozenset[PeerId]] = set()
+
+    def join(self, identity: Identity) -> MemoryPeer:
+        """Add a peer; also one that crashed before, with nothing left of what it knew."""
+        if identity.peer_id in self._peers:
+            raise ValueError(f"{identity.peer_id} is already in the network")
+        peer = MemoryPeer(self, identity.peer_id, self._joined)
+        self._joined += 1
+        self._peers[peer.peer_id] = peer
+        return peer
+
+    def set_link(self, one: PeerId, other: PeerId, settings: LinkSettings) -> None:
+        """Both directions, from now on."""
+        for pair in ((one, other), (other, one)):
+            self._settings_of_link[pair] = settings
+            if pair in self._links:
+                self._links[pair].settings = settings
+
+    def cut(self, one: PeerId, other: PeerId) -> None:
+        """No byte passes between the two any more; neither of them is told."""
+        self._cuts.add(frozenset((one, other)))
+
+    def partition(self, group: Collection[PeerId]) -> None:
+        """Cut all links between ``group`` and the rest."""
+        for one in group:
+            for other in self._peers:
+                if other not in group:
+                    self.cut(one, other)
+
+    def heal(self) -> None:
+        """Mend all cuts; what was held back goes on its way."""
+        self._cuts.clear()
+        for link in list(self._links.values()):
+            link.release()
+
+    def crash(self, peer_id: PeerId) -> None:
+        """End a peer as by power failure: its handlers, streams and directory entries are gone."""
+        peer = self._peers.pop(peer_id)
+        self.record(f"crash {peer.index}")
+        peer.stop()
+
+    # --- for the peers and streams of this network -------------------------------------------------
+    def record(self, event: str) -> None:
+        if self._on_event is not None:
+            self._on_event(self.clock.monotonic_s(), event)
+
+    def peer(self, peer_id: PeerId) -> MemoryPeer | None:
+        """None when no such peer is there (any more)."""
+        return self._peers.get(peer_id)
+
+    def is_cut(self, one: PeerId, other: PeerId) -> bool:
+        return frozenset((one, other)) in self._cuts
+
+    def link(self, source: MemoryPeer, target: MemoryPeer) -> _Link:
+        pair = (source.peer_id, target.peer_id)
+        if pair not in self._links:
+            self._links[pair] = _Link(
+                partial(self.is_cut, *pair),
+                self._settings_of_link.get(pair, self.settings.link),
+                random.Random(f"{self._seed}/{source.index}/{target.index}"),  # noqa: S311
+            )
+        return self._links[pair]
+
+    def round_trip_s(self, one: MemoryPeer, other: MemoryPeer) -> float:
+        """One sample for a small message and its answer."""
+        if one is other:
+            return 0.0
+        return self.link(one, other).delay_s(0) + self.link(other, one).delay_s(0)
+
+    def replicas(self, key: str, asking: MemoryPeer) -> list[MemoryPeer]:
+        """The peers that keep ``key``, as far as ``asking`` can reach them; the nearest first."""
+        place = _place(key)
+        reachable = (
+            peer for peer in self._peers.values() if not self.is_cut(asking.peer_id, peer.peer_id)
+        )
+        ordered = sorted(reachable, key=lambda peer: peer.place ^ place)
+        return ordered[: self.settings.directory_replicas]
+
+
+def _place(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest())
+
+
+class _Link:
+    """One direction between two peers: when do bytes arrive?"""
+
+    def __init__(
+        self, is_cut: Callable[[], bool], settings: LinkSettings, dice: random.Random
+    ) -> None:
+        self.settings = settings
+        self._is_cut = is_cut
+        self._dice = dice
+        self._free_at_s = 0.0
+        self._held_back: list[Callable[[], None]] = []
+
+    def delay_s(self, size_bytes: int) -> float:
+        """How long these bytes take, behind what was sent before them."""
+        now_s = asyncio.get_running_loop().time()
+        settings = self.settings
+        self._free_at_s = max(self._free_at_s, now_s) + size_bytes / settings.rate_bytes_per_s
+        delay_s = self._free_at_s - now_s + settings.latency_s
+        delay_s += settings.jitter_s * self._dice.random()
+        while self._dice.random() < settings.loss:
+            delay_s += settings.retransmit_s
+        return delay_s
+
+    def pass_on(self, arrive: Callable[[], None]) -> None:
+        """Run ``arrive`` now, or when the link is mended."""
+        if self._is_cut():
+            self._held_back.append(arrive)
+        else:
+            arrive()
+
+    def release(self) -> None:
+        held_back, self._held_back = self._held_back, []
+        for arrive in held_back:
+            arrive()
+
+
+class _Pipe:
+    """One direction of a stream: what is on its way, what has arrived, and how it ended."""
+
+    def __init__(self, network: MemoryNetwork, source: MemoryPeer, target: MemoryPeer) -> None:
+        self._network = network
+        self._link = network.link(source, target)
+        self._name = f"{source.index}>{target.index}"
+        self._arrived = bytearray()
+        self._unread_bytes = 0  # on their way or arrived
+        self._last_arrival_s = 0.0
+        self._ended = ""
+        self._changed = asyncio.Event()
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._held_back: set[asyncio.TimerHandle] = set()
+
+    @property
+    def ended(self) -> str:
+        """Why no more bytes come; empty while they may."""
+        return self._ended
+
+    async def send(self, content: memoryview) -> None:
+        for start in range(0, len(content), PACKET_BYTES):
+            packet = bytes(content[start : start + PACKET_BYTES])
+            while self._unread_bytes >= self._network.settings.window_bytes and not self._ended:
+                await self._wait()
+            if self._ended:
+                raise NetworkError(self._ended)
+            self._unread_bytes += len(packet)
+            self._network.record(f"send {self._name} {len(packet)}")
+            self._schedule(len(packet), partial(self._arrive, packet))
+
+    async def receive_exactly(self, size_bytes: int) -> bytes:
+        content = bytearray()
+        try:
+            while len(content) < size_bytes:
+                if self._arrived:
+                    taken = self._arrived[: size_bytes - len(content)]
+                    del self._arrived[: len(taken)]
+                    content += taken
+                    self._unread_bytes -= len(taken)
+                    self._notify()
+                elif self._ended:
+                    raise NetworkError(self._ended)
+                else:
+                    await self._wait()
+        except BaseException:
+            self._arrived[:0] = content
+            self._unread_bytes += len(content)
+            raise
+        return bytes(content)
+
+    def end_after_delivery(self, reason: str) -> None:
+        """The far end learns of it behind all bytes that were sent before."""
+        self._schedule(0, partial(self.end, reason))
+
+    def end(self, reason: str) -> None:
+        """Nothing is sent or delivered any more; what has arrived can be read."""
+        self._ended = self._ended or reason
+        for timer in self._timers | self._held_back:
+            timer.cancel()
+        self._notify()
+
+    def _schedule(self, size_bytes: int, arrive: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self._last_arrival_s = max(
+            self._last_arrival_s, loop.time() + self._link.delay_s(size_bytes)
+        )
+
+        def at_arrival() -> None:
+            self._timers.discard(timer)
+            give_up = loop.call_later(
+                self._network.settings.give_up_after_s, self.end, "the link went silent"
+            )
+            self._held_back.add(give_up)
+
+            def passed() -> None:
+                give_up.cancel()
+                self._held_back.discard(give_up)
+                if not self._ended:
+                    arrive()
+
+            self._link.pass_on(passed)
+
+        timer = loop.call_at(self._last_arrival_s, at_arrival)
+        self._timers.add(timer)
+
+    def _arrive(self, packet: bytes) -> None:
+        self._network.record(f"arrive {self._name} {len(packet)}")
+        self._arrived += packet
+        self._notify()
+
+    async def _wait(self) -> None:
+        changed = self._changed
+        await changed.wait()
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+class MemoryStream:
+    """``ports.Stream``: one end of two pipes."""
+
+    def __init__(self, remote_peer: PeerId, outgoing: _Pipe, incoming: _Pipe) -> None:
+        self._remote_peer = remote_peer
+        self._outgoing = outgoing
+        self._incoming = incoming
+        self._closed = False
+
+    @property
+    def remote_peer(self) -> PeerId:
+        return self._remote_peer
+
+    async def send(self, *buffers: Buffer) -> None:
+        if self._closed or self._incoming.ended:
+            raise NetworkError(f"the stream to {self._remote_peer} is closed")
+        for buffer in buffers:
+            await self._outgoing.send(memoryview(buffer).cast("B"))
+
+    async def receive_exactly(self, size_bytes: int) -> bytes:
+        if self._closed:
+            raise NetworkError(f"the stream from {self._remote_peer} is closed")
+        return await self._incoming.receive_exactly(size_bytes)
+
+    async def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._outgoing.end_after_delivery("the peer closed the stream")
+            self._incoming.end("the stream is closed")
+
+    def break_off(self) -> None:
+        """The peer of this end crashed; bytes on their way still arrive, then the far end knows."""
+        self._closed = True
+        self._outgoing.end_after_delivery("the peer is gone")
+        self._incoming.end("this peer crashed")
+
+
+class MemoryPeer:
+    """``Transport`` and ``Directory`` of one peer in a :class:`MemoryNetwork`."""
+
+    def __init__(self, network: MemoryNetwork, peer_id: PeerId, index: int) -> None:
+        self.index = index
+        self.place = _place(peer_id)
+        self.checker = RecordChecker()
+        self.entries: dict[str, dict[PeerId, DirectoryEntry]] = {}
+        self._network = network
+        self._peer_id = peer_id
+        self._handlers: dict[str, StreamHandler] = {}
+        self._streams: dict[MemoryStream, None] = {}  # a set with an order
+        self._tasks: dict[asyncio.Task[None], None] = {}
+        self._alive = True
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self._peer_id
+
+    async def addresses(self) -> Sequence[str]:
+        return (f"/memory/{self.index}",)
+
+    async def serve(self, protocol: str, handler: StreamHandler) -> None:
+        self._handlers[protocol] = handler
+
+    async def open(
+        self, peer: PeerId, protocol: str, addresses: Sequence[str] = ()
+    ) -> MemoryStream:
+        network = self._network
+        target = network.peer(peer)
+        if not self._alive or target is None:
+            raise PeerUnreachable(f"{peer} is not in the network")
+        network.record(f"dial {self.index}>{target.index}")
+        if network.is_cut(self._peer_id, peer):
+            await network.clock.sleep(network.settings.dial_timeout_s)
+            raise PeerUnreachable(f"{peer} did not answer")
+        await network.clock.sleep(network.round_trip_s(self, target))
+        handler = target._handlers.get(protocol)  # noqa: SLF001 (two peers of one network)
+        if not self._alive or network.peer(peer) is not target or handler is None:
+            raise PeerUnreachable(f"{peer} does not serve {protocol}")
+        there, back = _Pipe(network, self, target), _Pipe(network, target, self)
+        target._accept(MemoryStream(self._peer_id, back, there), handler)  # noqa: SLF001
+        stream = MemoryStream(peer, there, back)
+        self._streams[stream] = None
+        return stream
+
+    async def store(self, key: str, value: bytes, expires_unix_s: float) -> bool:
+        network = self._network
+        entry = DirectoryEntry(value, expires_unix_s)
+        replicas = network.replicas(key, self) if self._alive else []
+        await self._ask(replicas)
+        network.record(f"store {self.index}")
+        return any([replica.keep(key, self._peer_id, entry) for replica in replicas])  # noqa: C419
+
+    async def get(self, key: str) -> Mapping[PeerId, DirectoryEntry]:
+        network = self._network
+        replicas = network.replicas(key, self) if self._alive else []
+        await self._ask(replicas)
+        network.record(f"get {self.index}")
+        found: dict[PeerId, DirectoryEntry] = {}
+        for replica in replicas:
+            for peer, entry in replica.entries.get(key, {}).items():
+                best = found.get(peer)
+                newer = best is None or entry.expires_unix_s > best.expires_unix_s
+                if newer and self._is_valid(key, peer, entry):
+                    found[peer] = entry
+        return found
+
+    def keep(self, key: str, peer: PeerId, entry: DirectoryEntry) -> bool:
+        """Asked to keep an entry of ``peer``: False when it is not valid or not newer."""
+        if not self._is_valid(key, peer, entry) or (
+            key not in self.entries and len(self.entries) >= MAX_KEYS
+        ):
+            return False
+        entries = self.entries.setdefault(key, {})
+        known = entries.get(peer)
+        if known is None and len(entries) >= MAX_ENTRIES_PER_KEY:
+            return False
+        if known is not None and known.expires_unix_s >= entry.expires_unix_s:
+            return known == entry
+        entries[peer] = entry
+        return True
+
+    async def close(self) -> None:
+        """Leave: like a crash, but waits until the handlers have ended."""
+        if self._alive:
+            self._network.crash(self._peer_id)
+        current = asyncio.current_task()
+        tasks = [task for task in self._tasks if task is not current]
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def stop(self) -> None:
+        """Called by the network when this peer crashes."""
+        self._alive = False
+        self.entries.clear()
+        for stream in list(self._streams):
+            stream.break_off()
+        for task in list(self._tasks):
+            task.cancel()
+
+    def _accept(self, stream: MemoryStream, handler: StreamHandler) -> None:
+        self._streams[stream] = None
+        task = asyncio.get_running_loop().create_task(self._handle(stream, handler))
+        self._tasks[task] = None
+        task.add_done_callback(lambda done: self._tasks.pop(done, None))
+
+    async def _handle(self, stream: MemoryStream, handler: StreamHandler) -> None:
+        try:
+            await handler(stream)
+        except NetworkError as error:
+            logger.debug("stream of %s: %s", stream.remote_peer, error)
+        except Exception:
+            logger.exception("a handler failed for %s", stream.remote_peer)
+        finally:
+            await stream.close()
+            self._streams.pop(stream, None)
+
+    async def _ask(self, replicas: Sequence[MemoryPeer]) -> None:
+        """Wait as long as the slowest of them takes to answer."""
+        round_trips_s = [self._network.round_trip_s(self, replica) for replica in replicas]
+        await self._network.clock.sleep(max(round_trips_s, default=0.0))
+
+    def _is_valid(self, key: str, peer: PeerId, entry: DirectoryEntry) -> bool:
+        try:
+            self.checker.check(
+                key.__eq__,
+                peer,
+                entry.value,
+                entry.expires_unix_s,
+                now_unix_s=self._network.clock.unix_s(),
+            )
+        except RecordError as error:
+            logger.debug("dropped a record of %s: %s", peer, error.detail)
+            return False
+        return True
