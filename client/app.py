@@ -80,21 +80,16 @@ class SwarmClient:
             if identity_path is None:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-client-"))
                 identity_path = Path(folder) / "identity.key"
-            try:
-                async with asyncio.timeout(settings.connect_timeout_s):
-                    network = await HivemindNetwork.create(
-                        NetworkSettings(
-                            identity_path=identity_path,
-                            listen_addresses=("/ip4/127.0.0.1/tcp/0",),
-                            initial_peers=settings.peers,
-                            client_mode=True,
-                        )
-                    )
-            except TimeoutError:
-                raise NetworkError(
-                    f"no peer answered within {settings.connect_timeout_s:.0f} s; "
-                    "check the addresses after --peers and the network"
-                ) from None
+            network = await HivemindNetwork.create(
+                identity_path,
+                NetworkSettings(
+                    # Clients are never dialled: nodes answer on the streams that clients open.
+                    listen_addresses=("/ip4/127.0.0.1/tcp/0",),
+                    initial_peers=settings.peers,
+                    serve_directory=False,
+                    start_timeout_s=settings.connect_timeout_s,
+                ),
+            )
             stack.push_async_callback(network.close)
             client = cls(
                 network,
@@ -158,9 +153,8 @@ class SwarmClient:
                     number_of_blocks=number_of_blocks,
                     dtype=dtype,
                     excluded=excluded,
-                    round_trip_s={},
                     tokens=request.rows * request.maximum_tokens,
-                    rng=self._random,
+                    dice=self._random,
                 )
             except NoRouteError as error:
                 if attempts:

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from swarm.client.background import BackgroundLoop
 from swarm.client.remote_blocks import RemoteBlocks, RemoteChain
-from swarm.compute.wire_tensors import from_wire, to_wire
+from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
 from swarm.protocol.errors import UsageError
 from swarm.protocol.tensors import WireTensor
 from swarm.routing import ChainPlan
@@ -70,13 +70,15 @@ class SwarmCache(Cache):  # type: ignore[misc]
             )
 
     def start(self, rows: int, left_padding: tuple[int, ...]) -> None:
-        """Fix the shape before the first pass."""
+        """Fix the shape before the first pass. Raises UsageError when it was fixed differently."""
+        if self._rows and (rows, left_padding) != (self._rows, self._left_padding):
+            raise UsageError("a cache keeps its rows and their padding; make a new one")
         self._rows, self._left_padding = rows, left_padding
 
     def step(self, activations: torch.Tensor, output_tokens: int) -> torch.Tensor:
         """Pass ``[rows, tokens, hidden]`` through the remote blocks and append it to the cache.
 
-        Returns ``[rows, output_tokens, hidden]`` on the CPU, in the same dtype.
+        Returns ``[rows, output_tokens, hidden]`` on the CPU, in the dtype of the wire.
         """
         rows, tokens, _ = activations.shape
         if rows != self._rows:
@@ -88,7 +90,7 @@ class SwarmCache(Cache):  # type: ignore[misc]
                 f"{self._length + tokens} tokens do not fit into a cache for {self._maximum_tokens}"
             )
         result = self._session.step(
-            to_wire(activations, self._session.blocks.wire_dtype),
+            tensor_to_wire(activations, self._session.blocks.wire_dtype),
             self._length,
             output_tokens,
             self._row_order,
@@ -96,7 +98,7 @@ class SwarmCache(Cache):  # type: ignore[misc]
         )
         self._length += tokens
         self._row_order = ()
-        return from_wire(result)
+        return tensor_from_wire(result)
 
     def close(self) -> None:
         """Free the session on the nodes; a second call does nothing."""

@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 from swarm.connection import Connection, remote_error
 from swarm.ports import Clock, Transport
 from swarm.protocol.errors import (
+    ERROR_TEXTS,
     ErrorCode,
     NetworkError,
     ProtocolError,
@@ -61,7 +62,8 @@ class HopFailed(SwarmError):
         self.code = cause.code if isinstance(cause, RemoteError | ProtocolError) else None
         self.retry_after_ms = cause.retry_after_ms if isinstance(cause, RemoteError) else 0
         name = hop.display_name or hop.peer_id
-        super().__init__(f"{name} (blocks {hop.first_block}-{hop.end_block - 1}): {cause}")
+        reason = ERROR_TEXTS[cause.code] if isinstance(cause, RemoteError) else str(cause)
+        super().__init__(f"{name} (blocks {hop.first_block}-{hop.end_block - 1}): {reason}")
         self.__cause__ = cause
 
 

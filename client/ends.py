@@ -8,6 +8,8 @@ come out right without a line per family.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,26 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
 
-from swarm.catalogue.checkpoint import Checkpoint
+from swarm.catalogue.checkpoint import Checkpoint, TensorInfo
+from swarm.client.remote_blocks import ChainOpener, RemoteBlocks
+from swarm.compute.devices import choose_device, choose_dtype
 from swarm.compute.packed_linear import pack_linears
-from swarm.protocol.errors import CheckpointError, ConfigError
+from swarm.compute.wire_tensors import WIRE_DTYPES
+from swarm.protocol.errors import CheckpointError
 from swarm.protocol.tensors import DType
 
 SUPPORTED_FAMILIES = ("gemma3_text", "llama", "mistral", "mixtral", "qwen2", "qwen3")
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WIRE_DTYPES = {
-    torch.float32: DType.FLOAT32,
-    torch.bfloat16: DType.BFLOAT16,
-    torch.float16: DType.FLOAT16,
-}
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+_MULTIMODAL_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.", ""),
+)
 
 
 class ModelEnds(nn.Module):
@@ -43,23 +51,21 @@ class ModelEnds(nn.Module):
         self.norm: nn.Module = base.norm
         self.head: nn.Module = hollow_model.lm_head  # type: ignore[assignment]
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        weight: torch.Tensor = base.embed_tokens.weight
-        self.dtype, self.device = weight.dtype, weight.device
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "cpu") -> ModelEnds:
         """Read only the tensors of the two ends.
 
-        ``dtype`` is ``auto`` (the checkpoint's), ``float32`` or ``bfloat16``. Raises CheckpointError
-        when the family is not supported or tensors are missing, ConfigError for other dtypes.
+        ``dtype`` is ``auto`` (bfloat16 where the device computes in it), ``float32`` or
+        ``bfloat16``. Raises CheckpointError when the family is not supported or tensors are
+        missing, ConfigError for unknown dtypes and devices.
         """
         config = read_config(checkpoint.path)
+        ends_device = choose_device(device)
         ends = cls.from_tensors(
-            config, checkpoint.client_tensors(), dtype=choose_dtype(config, dtype, device)
-        )
-        ends = ends.to(device)
-        if device == "cpu":
-            pack_linears(ends)
+            config, read_tensors(checkpoint, config), dtype=choose_dtype(dtype, ends_device)
+        ).to(ends_device)
+        pack_linears(ends)
         return ends
 
     @classmethod
@@ -72,9 +78,10 @@ class ModelEnds(nn.Module):
         if getattr(hollow_config, "layer_types", None) is not None:
             hollow_config.layer_types = []
         family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        hollow_model, report = family.from_pretrained(
-            None, config=hollow_config, state_dict=tensors, dtype=dtype, output_loading_info=True
-        )
+        with _no_progress_bars():
+            hollow_model, report = family.from_pretrained(
+                None, config=hollow_config, state_dict=tensors, dtype=dtype, output_loading_info=True
+            )
         if missing := sorted(report["missing_keys"]):
             raise CheckpointError(
                 f"the checkpoint lacks {', '.join(missing)}; download the model again"
@@ -96,8 +103,14 @@ class ModelEnds(nn.Module):
         return logits
 
     @property
-    def wire_dtype(self) -> DType:
-        return WIRE_DTYPES[self.dtype]
+    def dtype(self) -> torch.dtype:
+        weight: torch.Tensor = self.embedding.weight  # type: ignore[assignment]
+        return weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        weight: torch.Tensor = self.embedding.weight  # type: ignore[assignment]
+        return weight.device
 
 
 def read_config(checkpoint_path: Path) -> PretrainedConfig:
@@ -115,13 +128,67 @@ def read_config(checkpoint_path: Path) -> PretrainedConfig:
     return config
 
 
-def choose_dtype(config: PretrainedConfig, dtype: str, device: str) -> torch.dtype:
-    """What ``auto`` means. fp16 on a CPU becomes fp32: there it is slow and overflows."""
-    if dtype == "auto":
-        declared = getattr(config, "dtype", None)
-        chosen = declared if declared in WIRE_DTYPES else torch.float32
-    elif dtype in TORCH_DTYPES:
-        chosen = TORCH_DTYPES[dtype]
-    else:
-        raise ConfigError(f"dtype {dtype!r} is unknown; choose auto, float32 or bfloat16")
-    return torch.float32 if chosen is torch.float16 and device == "cpu" else chosen
+def read_tensors(checkpoint: Checkpoint, config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """Embeddings, final norm and (unless tied) head, under the names of the text-only family.
+
+    Raises CheckpointError when one is missing.
+    """
+    wanted = {EMBEDDING, NORM} if config.tie_word_embeddings else {EMBEDDING, NORM, HEAD}
+    found: dict[str, torch.Tensor] = {}
+    for full_name, info in checkpoint.client_tensors().items():
+        name = _text_only_name(full_name)
+        if name in wanted:
+            found[name] = read_tensor(checkpoint, info)
+    if missing := sorted(wanted - found.keys()):
+        raise CheckpointError(
+            f"checkpoint incomplete: {checkpoint.path} lacks {', '.join(missing)}"
+        )
+    return found
+
+
+def read_tensor(checkpoint: Checkpoint, info: TensorInfo) -> torch.Tensor:
+    """One tensor as stored, read straight into its own memory."""
+    tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
+    checkpoint.read_into(info, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+    return tensor
+
+
+def _text_only_name(name: str) -> str:
+    for prefix, replacement in _MULTIMODAL_PREFIXES:
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    return name
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Three tensors need no progress bar in the user's terminal."""
+    if not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def remote_blocks(
+    client: ChainOpener, checkpoint: Checkpoint, ends: ModelEnds, dtype: str
+) -> RemoteBlocks:
+    """The blocks between ``ends``; ``dtype`` is what the user asked for.
+
+    With ``auto`` any node will do, and activations travel as bfloat16 (never float16, which their
+    outliers overflow). An explicit dtype is taken at its word on the wire and on the nodes, so that
+    float32 is exact.
+    """
+    own = WIRE_DTYPES[ends.dtype]
+    return RemoteBlocks(
+        client=client,
+        model_name=checkpoint.name,
+        revision=checkpoint.revision,
+        number_of_blocks=checkpoint.number_of_blocks,
+        hidden_size=checkpoint.hidden_size,
+        wire_dtype=DType.BFLOAT16 if dtype == "auto" else own,
+        node_dtype=None if dtype == "auto" else own,
+    )

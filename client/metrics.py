@@ -47,7 +47,7 @@ class ClientMetrics:
         )
         self._bytes = Counter(
             "swarm_client_bytes_total",
-            "Bytes of frames on session streams, by the hop's number in its chain.",
+            "Bytes of frames on session streams, by the hop's number in its chain, from 0.",
             ["hop", "direction"],
             registry=registry,
         )
@@ -66,10 +66,12 @@ class ClientMetrics:
         """``reason`` is one of a few fixed words, never a peer's text."""
         self._retries.labels(reason).inc()
 
-    def bytes_moved(self, hop: int, *, sent: int, received: int) -> None:
-        """Frames on the stream to hop ``hop`` (1 is the first of the chain)."""
-        self._bytes.labels(str(hop), "out").inc(sent)
-        self._bytes.labels(str(hop), "in").inc(received)
+    def sent(self, hop: int, size_bytes: int) -> None:
+        """Bytes of frames on the stream to a hop; the first one of a chain is 0."""
+        self._bytes.labels(str(hop), "out").inc(size_bytes)
+
+    def received(self, hop: int, size_bytes: int) -> None:
+        self._bytes.labels(str(hop), "in").inc(size_bytes)
 
     def text(self) -> str:
         """All metrics in Prometheus' text format."""

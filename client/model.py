@@ -25,7 +25,7 @@ from swarm.catalogue.checkpoint import Checkpoint, resolve_checkpoint
 from swarm.client.background import BackgroundLoop
 from swarm.client.cache import SwarmCache
 from swarm.client.config import ClientSettings
-from swarm.client.ends import ModelEnds
+from swarm.client.ends import ModelEnds, remote_blocks
 from swarm.client.remote_blocks import RemoteBlocks
 from swarm.protocol.errors import UsageError
 
@@ -37,11 +37,6 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     happens at exit.
     """
 
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
     def __init__(
         self,
         config: PretrainedConfig,
@@ -51,7 +46,11 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         *,
         generation_config: GenerationConfig | None = None,
     ) -> None:
-        super().__init__(copy.deepcopy(config))
+        own_config = copy.deepcopy(config)
+        # Attention and experts are on the nodes: nothing here may depend on how they are computed.
+        own_config._attn_implementation = "eager"  # noqa: SLF001
+        own_config._experts_implementation = "eager"  # noqa: SLF001
+        super().__init__(own_config)
         if generation_config is not None:
             self.generation_config = generation_config
         self.ends = ends
@@ -91,14 +90,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         except BaseException:
             background.close()
             raise
-        blocks = RemoteBlocks(
-            client=client,
-            revision=checkpoint.revision,
-            number_of_blocks=checkpoint.number_of_blocks,
-            hidden_size=checkpoint.hidden_size,
-            wire_dtype=ends.wire_dtype,
-            node_dtype=None if settings.dtype == "auto" else ends.wire_dtype,
-        )
+        blocks = remote_blocks(client, checkpoint, ends, settings.dtype)
         return cls(
             ends.config,
             ends,
@@ -152,8 +144,9 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
-        *args: Any,
-        **kwargs: Any,
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         """Called by ``generate`` once it knows how long the text may get."""
         if generation_config.use_cache is False:
@@ -168,7 +161,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             raise UsageError("past_key_values must come from model.new_cache()")
         # Candidates looked up in the prompt may reach beyond the end before they are rejected.
         overshoot = generation_config.prompt_lookup_num_tokens or 0
-        cache.reserve(generation_config.max_length + overshoot)
+        cache.reserve(max_cache_length + 1 + overshoot)
 
     def forward(
         self,
@@ -214,7 +207,8 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         kept = min(logits_to_keep, tokens) or tokens
         hidden = past_key_values.step(embedded, kept)
         return CausalLMOutputWithPast(
-            logits=self.ends.logits(hidden.to(self.ends.device)), past_key_values=past_key_values
+            logits=self.ends.logits(hidden.to(self.ends.device, self.ends.dtype)),
+            past_key_values=past_key_values,
         )
 
     def get_input_embeddings(self) -> torch.nn.Module:

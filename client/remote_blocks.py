@@ -40,7 +40,12 @@ class ChainOpener(Protocol):
     """What is needed of a client; ``client.app.SwarmClient`` is one."""
 
     async def open_chain(
-        self, request: SessionRequest, *, number_of_blocks: int, dtype: DType | None = None
+        self,
+        request: SessionRequest,
+        *,
+        number_of_blocks: int,
+        dtype: DType | None = None,
+        model_name: str = "",
     ) -> RemoteChain: ...
 
     async def close(self) -> None: ...
@@ -51,6 +56,7 @@ class RemoteBlocks:
     """All blocks of one model revision in one swarm."""
 
     client: ChainOpener
+    model_name: str
     revision: bytes
     number_of_blocks: int
     hidden_size: int
@@ -82,4 +88,5 @@ class RemoteBlocks:
             ),
             number_of_blocks=self.number_of_blocks,
             dtype=self.node_dtype,
+            model_name=self.model_name,
         )

@@ -52,12 +52,11 @@ class NetworkFacts:
     """What a started network reported before it was closed again."""
 
     addresses: tuple[str, ...]
-    peers_answered: bool
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a checkpoint needs."""
+    """What a checkpoint needs; ``block_bytes`` of its largest block, as stored."""
 
     number_of_blocks: int
     block_bytes: int
@@ -87,9 +86,11 @@ class Probes(Protocol):
     def identity(self, path: Path) -> str:
         """Peer id of the key file, or nothing when there is no file yet."""
 
-    async def network(self, settings: NodeSettings) -> NetworkFacts: ...
+    async def network(self, settings: NodeSettings) -> NetworkFacts:
+        """Start the network and end it again. Raises NetworkError when no peer answers."""
 
-    def model(self, name: str, dtype: str) -> ModelFacts: ...
+    def model(self, name: str) -> ModelFacts:
+        """Look at the files on disk; nothing is downloaded."""
 
 
 async def examine(settings: NodeSettings, probes: Probes) -> list[Check]:
@@ -234,7 +235,7 @@ def check_reachability(settings: NodeSettings, addresses: Sequence[str]) -> Chec
 
 
 def check_model(settings: NodeSettings, probes: Probes) -> Check:
-    facts = probes.model(settings.model, settings.dtype)
+    facts = probes.model(settings.model)
     found = f"{facts.number_of_blocks} blocks of {facts.block_bytes / 1024**2:.1f} MiB"
     _, available = probes.memory_bytes()
     if facts.block_bytes > 0.8 * available:

@@ -7,6 +7,8 @@ import ctypes.util
 import os
 import shutil
 import sys
+import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import psutil
@@ -42,16 +44,47 @@ class SystemProbes:
         return _kernel_clock_error_s()
 
     def compute(self, device: str, dtype: str) -> ComputeFacts:
-        raise NotImplementedError
+        from swarm.compute.devices import available_devices, choose_device, choose_dtype, dtype_name
+
+        chosen = choose_device(device)
+        return ComputeFacts(
+            torch_version=metadata.version("torch"),
+            devices=available_devices(),
+            chosen_device=str(chosen),
+            chosen_dtype=dtype_name(choose_dtype(dtype, chosen)),
+        )
 
     def identity(self, path: Path) -> str:
         return Identity.load(path).peer_id if path.exists() else ""
 
     async def network(self, settings: NodeSettings) -> NetworkFacts:
-        raise NotImplementedError
+        """Start the network with a key of its own: the node itself may be running."""
+        from swarm.hivemind_network import HivemindNetwork, NetworkSettings
 
-    def model(self, name: str, dtype: str) -> ModelFacts:
-        raise NotImplementedError
+        with tempfile.TemporaryDirectory(prefix="swarm-doctor-") as directory:
+            key = Path(directory) / "identity.key"
+            Identity.generate().save(key)
+            network = await HivemindNetwork.create(
+                key,
+                NetworkSettings(
+                    listen_addresses=settings.listen_addresses,
+                    initial_peers=settings.peers,
+                    serve_directory=False,
+                ),
+            )
+            try:
+                return NetworkFacts(addresses=tuple(await network.addresses()))
+            finally:
+                await network.close()
+
+    def model(self, name: str) -> ModelFacts:
+        from swarm.catalogue.checkpoint import Checkpoint
+        from swarm.catalogue.resolve import resolve_checkpoint
+
+        checkpoint = Checkpoint.open(resolve_checkpoint(name, allow_download=False))
+        blocks = checkpoint.number_of_blocks
+        largest = max(checkpoint.block_bytes(block) for block in range(blocks))
+        return ModelFacts(number_of_blocks=blocks, block_bytes=largest)
 
 
 def _cpu_flags() -> frozenset[str] | None:

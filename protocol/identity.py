@@ -81,12 +81,14 @@ class Identity:
 
     @classmethod
     def load_or_create(cls, path: str | Path) -> Identity:
-        """Read the key file, or make a new identity and save it there."""
+        """Read the key file, or make a new identity and save it there. Raises ConfigError."""
+        identity = cls.generate()
         try:
-            identity = cls.generate()
             identity.save(path)
         except FileExistsError:
             return cls.load(path)
+        except OSError as error:
+            raise ConfigError(f"cannot create the key file {path}: {error.strerror}") from error
         return identity
 
     def save(self, path: str | Path) -> None:

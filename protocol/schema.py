@@ -11,7 +11,7 @@ A tensor's bytes are not part of the map; its header passes through here as it i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from enum import IntEnum
 from typing import Any, Generic, TypeVar, get_type_hints
@@ -90,16 +90,18 @@ class Schema(Generic[T]):
             wire: WireField = declared.metadata["wire"]
             if wire.number in self._readers:
                 raise TypeError(f"{owner.__name__}: field number {wire.number} is used twice")
-            check = _check_for(wire.spec, types[declared.name])
+            # ``unpack`` makes arrays lists and maps tuples, so the two cannot be confused
+            check_received = _check_for(wire.spec, types[declared.name], list)
+            check_own = _check_for(wire.spec, types[declared.name], tuple)
             convert = _convert_for(wire.spec, types[declared.name])
             self._defaults.append(declared.default)
-            self._readers[wire.number] = (index, check, convert)
+            self._readers[wire.number] = (index, check_received, convert)
             if isinstance(wire.spec, TensorField):
                 self.tensor_index = index
                 self.tensor_number = wire.number
                 self.tensor_name = declared.name
             else:
-                self._writers.append((declared.name, wire.number, check, declared.default))
+                self._writers.append((declared.name, wire.number, check_own, declared.default))
 
     def to_map(self, value: T) -> dict[int, object]:
         """Field numbers and values, without the tensor and without values that are the default.
@@ -161,7 +163,7 @@ def _convert_for(spec: Spec, python_type: Any) -> Convert | None:
     return None
 
 
-def _check_for(spec: Spec, python_type: Any) -> Check:
+def _check_for(spec: Spec, python_type: Any, array_type: type[Sequence[Any]]) -> Check:
     """``type(x) is int`` and not ``isinstance``: ``True`` is no number."""
     match spec:
         case Uint(maximum):
@@ -176,9 +178,9 @@ def _check_for(spec: Spec, python_type: Any) -> Check:
         case Text(maximum_bytes):
             return lambda value: _is_bounded_text(value, maximum_bytes)
         case Array(item, maximum_length):
-            check_item = _check_for(item, None)
+            check_item = _check_for(item, None, array_type)
             return lambda value: (
-                type(value) in (list, tuple)
+                type(value) is array_type
                 and len(value) <= maximum_length
                 and all(map(check_item, value))
             )

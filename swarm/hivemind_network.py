@@ -204,7 +204,7 @@ class SwarmDirectory(DHTProtocol):  # type: ignore[misc]
             return bool(dictionary)
 
     async def call_find(self, peer: PeerID, keys: Iterable[DHTID]) -> dict[DHTID, Any] | None:
-        """As hivemind's, but nothing that the peer says about a record's age or a peer's id counts."""
+        """As hivemind's, but what the peer says of ages and of others' ids is not believed."""
         found = await super().call_find(peer, keys)
         if found is None:
             return None
@@ -286,19 +286,9 @@ class HivemindStream:
             self._writer.transport.abort()
 
 
-class _Daemon(P2P):  # type: ignore[misc]
-    """A P2P that can be stopped even when ``P2P.create`` fails half-way."""
-
-    started: list[P2P]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.started.append(self)
-
-
 # --- network -------------------------------------------------------------------------------------
 class HivemindNetwork:
-    """``Transport`` and ``Directory`` of one peer. Make it with :meth:`create`, end it with ``close``."""
+    """``Transport`` and ``Directory`` of one peer, from ``create`` to ``close``."""
 
     def __init__(self, p2p: P2P, node: DHTNode, settings: NetworkSettings) -> None:
         self._p2p = p2p
@@ -312,7 +302,7 @@ class HivemindNetwork:
     async def create(
         cls,
         identity_path: Path,
-        settings: NetworkSettings = NetworkSettings(),  # noqa: B008 (frozen)
+        settings: NetworkSettings = NetworkSettings(),
     ) -> HivemindNetwork:
         """Start the daemon with the identity of ``identity_path`` and join the swarm.
 
@@ -542,16 +532,23 @@ def _parse_addresses(addresses: Iterable[str]) -> list[bytes]:
     for address in addresses:
         try:
             parsed.append(Multiaddr(address).to_bytes())
-        except Exception as error:  # noqa: BLE001 (its parser raises what its parts raise)
+        except Exception as error:  # its parser raises whatever its parts raise
             logger.debug("no address: %s", error)
     return parsed
 
 
 async def _start_daemon(identity_path: Path, settings: NetworkSettings) -> P2P:
     started: list[P2P] = []
-    daemon_type = type("Daemon", (_Daemon,), {"started": started})
+
+    class Daemon(P2P):  # type: ignore[misc]
+        """``P2P.create`` forgets its child process when it fails or is cancelled; this does not."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            started.append(self)
+
     try:
-        return await daemon_type.create(
+        return await Daemon.create(
             identity_path=str(identity_path),
             check_if_identity_free=False,
             host_maddrs=list(settings.listen_addresses),

@@ -1,4 +1,4 @@
-"""The ports ``Transport`` and ``Directory`` in memory, with links as bad as a simulation wants them.
+"""The ports ``Transport`` and ``Directory`` in memory, with links as bad as simulations want them.
 
 Rules that hold here:
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,12 +61,12 @@ class MemorySettings:
 
 
 class MemoryNetwork:
-    """All peers and links. ``on_event`` sees each dial, packet and directory access with its time."""
+    """All peers and links; ``on_event`` sees dials, packets and directory accesses and when."""
 
     def __init__(
         self,
         seed: int = 0,
-        settings: MemorySettings = MemorySettings(),  # noqa: B008 (frozen)
+        settings: MemorySettings = MemorySettings(),
         *,
         clock: Clock | None = None,
         on_event: Callable[[float, str], None] | None = None,
@@ -119,7 +120,7 @@ class MemoryNetwork:
         self.record(f"crash {peer.index}")
         peer.stop()
 
-    # --- for the peers and streams of this network -------------------------------------------------
+    # --- for the peers and streams of this network ---------------------------------------------
     def record(self, event: str) -> None:
         if self._on_event is not None:
             self._on_event(self.clock.monotonic_s(), event)
@@ -207,23 +208,20 @@ class _Pipe:
         self._arrived = bytearray()
         self._unread_bytes = 0  # on their way or arrived
         self._last_arrival_s = 0.0
-        self._ended = ""
+        self._discarding = False
         self._changed = asyncio.Event()
         self._timers: set[asyncio.TimerHandle] = set()
-        self._held_back: set[asyncio.TimerHandle] = set()
-
-    @property
-    def ended(self) -> str:
+        self.ended = ""
         """Why no more bytes come; empty while they may."""
-        return self._ended
+        self.opposite: _Pipe | None = None
 
     async def send(self, content: memoryview) -> None:
         for start in range(0, len(content), PACKET_BYTES):
             packet = bytes(content[start : start + PACKET_BYTES])
-            while self._unread_bytes >= self._network.settings.window_bytes and not self._ended:
-                await self._wait()
-            if self._ended:
-                raise NetworkError(self._ended)
+            while self._unread_bytes >= self._network.settings.window_bytes and not self.ended:
+                await self._changed.wait()
+            if self.ended:
+                raise NetworkError(self.ended)
             self._unread_bytes += len(packet)
             self._network.record(f"send {self._name} {len(packet)}")
             self._schedule(len(packet), partial(self._arrive, packet))
@@ -238,11 +236,11 @@ class _Pipe:
                     content += taken
                     self._unread_bytes -= len(taken)
                     self._notify()
-                elif self._ended:
-                    raise NetworkError(self._ended)
+                elif self.ended or self._discarding:
+                    raise NetworkError(self.ended or "the stream is closed")
                 else:
-                    await self._wait()
-        except BaseException:
+                    await self._changed.wait()
+        except BaseException:  # the next call must find what this one leaves
             self._arrived[:0] = content
             self._unread_bytes += len(content)
             raise
@@ -254,43 +252,55 @@ class _Pipe:
 
     def end(self, reason: str) -> None:
         """Nothing is sent or delivered any more; what has arrived can be read."""
-        self._ended = self._ended or reason
-        for timer in self._timers | self._held_back:
+        self.ended = self.ended or reason
+        for timer in self._timers:
             timer.cancel()
+        self._timers.clear()
+        self._notify()
+
+    def discard(self) -> None:
+        """The receiver is gone. The sender does not know yet: what it sends arrives nowhere."""
+        self._discarding = True
+        self._unread_bytes -= len(self._arrived)
+        self._arrived.clear()
         self._notify()
 
     def _schedule(self, size_bytes: int, arrive: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
+        # Strictly later than the one before: timers that are due at the same time fire in any order.
         self._last_arrival_s = max(
-            self._last_arrival_s, loop.time() + self._link.delay_s(size_bytes)
+            math.nextafter(self._last_arrival_s, math.inf),
+            loop.time() + self._link.delay_s(size_bytes),
         )
 
-        def at_arrival() -> None:
+        def at_far_end() -> None:
             self._timers.discard(timer)
-            give_up = loop.call_later(
-                self._network.settings.give_up_after_s, self.end, "the link went silent"
-            )
-            self._held_back.add(give_up)
+            give_up = loop.call_later(self._network.settings.give_up_after_s, self._give_up)
+            self._timers.add(give_up)
 
             def passed() -> None:
                 give_up.cancel()
-                self._held_back.discard(give_up)
-                if not self._ended:
+                self._timers.discard(give_up)
+                if not self.ended:
                     arrive()
 
             self._link.pass_on(passed)
 
-        timer = loop.call_at(self._last_arrival_s, at_arrival)
+        timer = loop.call_at(self._last_arrival_s, at_far_end)
         self._timers.add(timer)
+
+    def _give_up(self) -> None:
+        for pipe in (self, self.opposite):
+            if pipe is not None:
+                pipe.end("the link went silent")
 
     def _arrive(self, packet: bytes) -> None:
         self._network.record(f"arrive {self._name} {len(packet)}")
-        self._arrived += packet
+        if self._discarding:
+            self._unread_bytes -= len(packet)
+        else:
+            self._arrived += packet
         self._notify()
-
-    async def _wait(self) -> None:
-        changed = self._changed
-        await changed.wait()
 
     def _notify(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
@@ -298,40 +308,45 @@ class _Pipe:
 
 
 class MemoryStream:
-    """``ports.Stream``: one end of two pipes."""
+    """``ports.Stream``: one end of two pipes. ``streams`` are all of the peer whose end it is."""
 
-    def __init__(self, remote_peer: PeerId, outgoing: _Pipe, incoming: _Pipe) -> None:
+    def __init__(
+        self,
+        remote_peer: PeerId,
+        outgoing: _Pipe,
+        incoming: _Pipe,
+        streams: dict[MemoryStream, None],
+    ) -> None:
         self._remote_peer = remote_peer
         self._outgoing = outgoing
         self._incoming = incoming
         self._closed = False
+        self._streams = streams
+        streams[self] = None
 
     @property
     def remote_peer(self) -> PeerId:
         return self._remote_peer
 
     async def send(self, *buffers: Buffer) -> None:
-        if self._closed or self._incoming.ended:
-            raise NetworkError(f"the stream to {self._remote_peer} is closed")
         for buffer in buffers:
+            if self._closed or self._incoming.ended:
+                raise NetworkError(f"the stream to {self._remote_peer} is closed")
             await self._outgoing.send(memoryview(buffer).cast("B"))
 
     async def receive_exactly(self, size_bytes: int) -> bytes:
-        if self._closed:
-            raise NetworkError(f"the stream from {self._remote_peer} is closed")
         return await self._incoming.receive_exactly(size_bytes)
 
     async def close(self) -> None:
+        self.end("the peer closed the stream")
+
+    def end(self, reason: str) -> None:
+        """Bytes on their way still arrive, then the far end learns the reason."""
         if not self._closed:
             self._closed = True
-            self._outgoing.end_after_delivery("the peer closed the stream")
-            self._incoming.end("the stream is closed")
-
-    def break_off(self) -> None:
-        """The peer of this end crashed; bytes on their way still arrive, then the far end knows."""
-        self._closed = True
-        self._outgoing.end_after_delivery("the peer is gone")
-        self._incoming.end("this peer crashed")
+            self._outgoing.end_after_delivery(reason)
+            self._incoming.discard()
+            self._streams.pop(self, None)
 
 
 class MemoryPeer:
@@ -344,8 +359,8 @@ class MemoryPeer:
         self.entries: dict[str, dict[PeerId, DirectoryEntry]] = {}
         self._network = network
         self._peer_id = peer_id
-        self._handlers: dict[str, StreamHandler] = {}
-        self._streams: dict[MemoryStream, None] = {}  # a set with an order
+        self.handlers: dict[str, StreamHandler] = {}
+        self.streams: dict[MemoryStream, None] = {}  # a set with an order
         self._tasks: dict[asyncio.Task[None], None] = {}
         self._alive = True
 
@@ -357,7 +372,7 @@ class MemoryPeer:
         return (f"/memory/{self.index}",)
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
-        self._handlers[protocol] = handler
+        self.handlers[protocol] = handler
 
     async def open(
         self, peer: PeerId, protocol: str, addresses: Sequence[str] = ()
@@ -371,14 +386,13 @@ class MemoryPeer:
             await network.clock.sleep(network.settings.dial_timeout_s)
             raise PeerUnreachable(f"{peer} did not answer")
         await network.clock.sleep(network.round_trip_s(self, target))
-        handler = target._handlers.get(protocol)  # noqa: SLF001 (two peers of one network)
+        handler = target.handlers.get(protocol)
         if not self._alive or network.peer(peer) is not target or handler is None:
             raise PeerUnreachable(f"{peer} does not serve {protocol}")
         there, back = _Pipe(network, self, target), _Pipe(network, target, self)
-        target._accept(MemoryStream(self._peer_id, back, there), handler)  # noqa: SLF001
-        stream = MemoryStream(peer, there, back)
-        self._streams[stream] = None
-        return stream
+        there.opposite, back.opposite = back, there
+        target.accept(MemoryStream(self._peer_id, back, there, target.streams), handler)
+        return MemoryStream(peer, there, back, self.streams)
 
     async def store(self, key: str, value: bytes, expires_unix_s: float) -> bool:
         network = self._network
@@ -430,13 +444,13 @@ class MemoryPeer:
         """Called by the network when this peer crashes."""
         self._alive = False
         self.entries.clear()
-        for stream in list(self._streams):
-            stream.break_off()
+        for stream in list(self.streams):
+            stream.end("the peer is gone")
         for task in list(self._tasks):
             task.cancel()
 
-    def _accept(self, stream: MemoryStream, handler: StreamHandler) -> None:
-        self._streams[stream] = None
+    def accept(self, stream: MemoryStream, handler: StreamHandler) -> None:
+        """A peer has opened ``stream``: start the handler that owns it."""
         task = asyncio.get_running_loop().create_task(self._handle(stream, handler))
         self._tasks[task] = None
         task.add_done_callback(lambda done: self._tasks.pop(done, None))
@@ -450,7 +464,6 @@ class MemoryPeer:
             logger.exception("a handler failed for %s", stream.remote_peer)
         finally:
             await stream.close()
-            self._streams.pop(stream, None)
 
     async def _ask(self, replicas: Sequence[MemoryPeer]) -> None:
         """Wait as long as the slowest of them takes to answer."""
@@ -460,7 +473,7 @@ class MemoryPeer:
     def _is_valid(self, key: str, peer: PeerId, entry: DirectoryEntry) -> bool:
         try:
             self.checker.check(
-                key.__eq__,
+                lambda expected: expected == key,
                 peer,
                 entry.value,
                 entry.expires_unix_s,

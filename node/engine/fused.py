@@ -123,7 +123,7 @@ class FusedAttention(nn.Module):
             scaling=self.scaling,
             sliding_window=self.sliding_window,
         )
-        output: torch.Tensor = self.output(attended.view(1, total, heads * self.head_dim))
+        output: torch.Tensor = self.output(attended.reshape(1, total, heads * self.head_dim))
         return output, None
 
 

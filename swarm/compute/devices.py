@@ -30,6 +30,11 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+def available_devices() -> tuple[str, ...]:
+    """Every kind of device that torch can use here, ``cpu`` last."""
+    return (*filter(_is_available, ("cuda", "xpu", "mps")), "cpu")
+
+
 def _is_available(kind: str) -> bool:
     if kind == "mps":
         return torch.backends.mps.is_available()

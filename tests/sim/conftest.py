@@ -8,38 +8,51 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from random import Random
 
 import pytest
 
-from swarm.node.engine.api import CacheRequest, EngineLoad, StepInput, StepOutput
+from swarm.client.chain import Chain, ChainObserver, ChainTimeouts, SessionRequest
+from swarm.memory_network import MemoryNetwork, MemoryPeer, MemorySettings
+from swarm.node.engine.api import (
+    CacheRequest,
+    EngineLoad,
+    SessionCache,
+    StepInput,
+    StepOutput,
+)
+from swarm.node.service import NodeService, ServiceLimits
 from swarm.protocol.errors import ErrorCode, ProtocolError
+from swarm.protocol.identity import Identity, PeerId
 from swarm.protocol.tensors import DType, WireTensor
+from swarm.routing import ChainPlan
+from swarm.routing import Hop as PlannedHop
+from swarm.virtual_time import LoopClock
 
 HIDDEN = 4
 TOKEN_BYTES = HIDDEN * 4
 
 
 class ToyBlocks:
-    """Blocks ``[first, end)`` and their caches for some rows: the reference and the engine's core."""
+    """Blocks ``[first, end)`` and their caches: the reference, and the core of the engine."""
 
     def __init__(self, first: int, end: int, rows: int) -> None:
         self._blocks = range(first, end)
-        self._cache = {(block, row): [] for block in self._blocks for row in range(rows)}
         self._rows = rows
-        self._cache: dict[tuple[int, int], list[bytes]]
+        self._cache: dict[tuple[int, int], list[bytes]] = {
+            (block, row): [] for block in self._blocks for row in range(rows)
+        }
 
-    def step(
-        self, data: bytes, tokens: int, position: int, row_order: Sequence[int] = ()
-    ) -> bytes:
+    def step(self, data: bytes, tokens: int, position: int, row_order: Sequence[int] = ()) -> bytes:
         """Bytes of ``[rows, tokens, hidden]`` through all blocks."""
         for entries in self._cache.values():
             del entries[position:]
         if row_order:
             self._cache = {
-                (block, row): list(self._cache[block, row_order[row]])
-                for block, row in self._cache
+                (block, row): list(self._cache[block, row_order[row]]) for block, row in self._cache
             }
         output = bytearray()
         for row in range(self._rows):
@@ -98,7 +111,8 @@ class ToyEngine:
         blocks = ToyBlocks(request.first_block, request.end_block, request.rows)
         return ToyCache(blocks, tokens, self)
 
-    async def step(self, cache: ToyCache, step: StepInput) -> StepOutput:
+    async def step(self, cache: SessionCache, step: StepInput) -> StepOutput:
+        assert isinstance(cache, ToyCache)
         await asyncio.sleep(self.step_s)
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
@@ -123,6 +137,147 @@ class ToyEngine:
         return None
 
 
+REVISION = bytes(range(32))
+
+
+class Counted:
+    """A node's observer that only adds up."""
+
+    def __init__(self) -> None:
+        self.opened = self.closed = self.steps = 0
+        self.codes: list[ErrorCode] = []
+
+    def session_opened(self) -> None:
+        self.opened += 1
+
+    def session_closed(self) -> None:
+        self.closed += 1
+
+    def refused(self, code: ErrorCode) -> None:
+        self.codes.append(code)
+
+    def bytes_moved(self, *, sent: int, received: int) -> None:
+        return None
+
+    def step_done(self, *, rows: int, tokens: int, queue_us: int, compute_us: int) -> None:
+        self.steps += 1
+
+
+@dataclass
+class ToyNode:
+    peer: MemoryPeer
+    engine: ToyEngine
+    service: NodeService
+    counted: Counted
+
+
+class ToySwarm:
+    """Nodes and one client in a memory network; use inside of ``virtual_time.run``."""
+
+    def __init__(
+        self,
+        spans: Sequence[tuple[int, int]],
+        *,
+        seed: int = 1,
+        settings: MemorySettings | None = None,
+        limits: ServiceLimits | None = None,
+    ) -> None:
+        self.network = MemoryNetwork(seed, settings or MemorySettings())
+        self.clock = LoopClock()
+        self.client = self.network.join(Identity.generate())
+        self.nodes = []
+        for first, end in spans:
+            peer = self.network.join(Identity.generate())
+            engine, counted = ToyEngine(first, end), Counted()
+            service = NodeService(
+                peer,
+                engine,
+                model_revision=REVISION,
+                resolve=self._resolve,
+                observer=counted,
+                clock=self.clock,
+                limits=limits,
+            )
+            self.nodes.append(ToyNode(peer, engine, service, counted))
+        self.number_of_blocks = max(end for _, end in spans)
+
+    async def _resolve(self, peer: PeerId) -> Sequence[str] | None:
+        return () if any(node.peer.peer_id == peer for node in self.nodes) else None
+
+    async def start(self) -> None:
+        for node in self.nodes:
+            await node.service.start()
+
+    def plan(self, *indices: int) -> ChainPlan:
+        """A chain over these nodes (all by default), each with its whole span."""
+        nodes = [self.nodes[index] for index in indices or range(len(self.nodes))]
+        return ChainPlan(
+            tuple(
+                PlannedHop(
+                    peer_id=node.peer.peer_id,
+                    display_name="",
+                    addresses=(),
+                    first_block=node.engine.first_block,
+                    end_block=node.engine.end_block,
+                )
+                for node in nodes
+            ),
+            expected_step_s=0.0,
+        )
+
+    @asynccontextmanager
+    async def chain(
+        self,
+        *indices: int,
+        rows: int = 1,
+        maximum_tokens: int = 128,
+        observer: ChainObserver | None = None,
+        timeouts: ChainTimeouts | None = None,
+    ) -> AsyncIterator[Chain]:
+        chain = Chain(
+            self.client,
+            self.plan(*indices),
+            SessionRequest(REVISION, HIDDEN, rows, maximum_tokens, DType.FLOAT32),
+            clock=self.clock,
+            observer=observer,
+            timeouts=timeouts,
+        )
+        running = asyncio.create_task(chain.run())
+        try:
+            await chain.opened()
+            yield chain
+        finally:
+            await chain.close()
+            await running
+
+    async def assert_nothing_left(self) -> None:
+        """All sessions and reservations end; whoever leaks one fails here by deadlock."""
+        for node in self.nodes:
+            if self.network.peer(node.peer.peer_id) is None:
+                continue
+            while node.service.sessions or node.engine.free_tokens < node.engine.total_tokens:
+                await asyncio.sleep(1)
+                if self.clock.monotonic_s() > 24 * 3600:
+                    raise AssertionError("a session is never freed")
+            assert node.counted.opened == node.counted.closed
+
+
+def toy_tensor(random: Random, rows: int, tokens: int) -> WireTensor:
+    return WireTensor(
+        DType.FLOAT32, (rows, tokens, HIDDEN), random.randbytes(rows * tokens * TOKEN_BYTES)
+    )
+
+
 @pytest.fixture
-def seed(request: pytest.FixtureRequest) -> Iterator[int]:
-    yield int(getattr(request, "param", 1))
+def toy_swarm() -> type[ToySwarm]:
+    return ToySwarm
+
+
+@pytest.fixture
+def toy_blocks() -> type[ToyBlocks]:
+    return ToyBlocks
+
+
+@pytest.fixture
+def make_tensor() -> Callable[[Random, int, int], WireTensor]:
+    return toy_tensor

@@ -100,9 +100,11 @@ def test_the_server_answers_on_loopback_and_frees_port_and_thread(metrics: NodeM
 
 def test_client_metrics() -> None:
     metrics = ClientMetrics()
-    metrics.chain_pass(rows=2, tokens=3, duration_s=0.1)
+    metrics.chain_pass(2, 3, 0.1)
+    metrics.hops_through_client(0)
     metrics.retried("next_hop_lost")
-    metrics.bytes_moved(1, sent=100, received=5)
+    metrics.sent(1, 100)
+    metrics.received(1, 5)
     found = samples(metrics.text())
     assert found["swarm_client_hops_through_client_total"] == 0
     assert found["swarm_client_chain_passes_total"] == 1

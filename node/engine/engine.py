@@ -1,0 +1,241 @@
+"""The engine of a node: a loaded span, its caches and its device thread in one object.
+
+The rest of the node sees ``api.Engine``; this is its real implementation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import torch
+
+from swarm.catalogue.checkpoint import Checkpoint
+from swarm.compute.devices import choose_device, choose_dtype, dtype_name
+from swarm.node.engine import capacity
+from swarm.node.engine.api import CacheRequest, EngineLoad, SessionCache, StepInput, StepOutput
+from swarm.node.engine.batching import BatchLimits
+from swarm.node.engine.cache import CacheBudget, SpanCache
+from swarm.node.engine.span_loader import Progress, Span, load_span
+from swarm.node.engine.worker import BatchObserver, Worker
+from swarm.protocol.errors import ErrorCode, ProtocolError, UsageError
+from swarm.protocol.messages import MAX_PAYLOAD_BYTES
+
+_log = logging.getLogger(__name__)
+_DEFAULT_STEP_TOKENS = 256
+
+
+class SpanCacheHandle:
+    """What the service holds of a session's cache."""
+
+    def __init__(self, cache: SpanCache, worker: Worker) -> None:
+        self.cache = cache
+        self._worker = worker
+
+    def close(self) -> None:
+        """Free the reservation; queued steps are refused. A second call does nothing."""
+        self._worker.drop(self.cache)
+        self.cache.close()
+
+
+class SpanEngine:
+    """Implements ``api.Engine`` for a span of transformers' decoder layers."""
+
+    def __init__(
+        self,
+        span: Span,
+        *,
+        cache_bytes: int,
+        speed: capacity.MeasuredSpeed,
+        threads: int | None,
+        maximum_step_tokens: int = _DEFAULT_STEP_TOKENS,
+    ) -> None:
+        self._span = span
+        self._speed = speed
+        self._budget = CacheBudget(
+            cache_bytes,
+            span.cache_shape.bytes_per_block_token,
+            span.end_block - span.first_block,
+        )
+        # In float32 a step must fit into one message.
+        self._maximum_step_tokens = max(
+            1, min(maximum_step_tokens, MAX_PAYLOAD_BYTES // (4 * span.hidden_size))
+        )
+        limits = BatchLimits(maximum_tokens=2 * self._maximum_step_tokens)
+        self._worker = Worker(span, limits, threads)
+
+    @property
+    def first_block(self) -> int:
+        return self._span.first_block
+
+    @property
+    def end_block(self) -> int:
+        return self._span.end_block
+
+    @property
+    def hidden_size(self) -> int:
+        return self._span.hidden_size
+
+    @property
+    def maximum_step_tokens(self) -> int:
+        return self._maximum_step_tokens
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Through one block, one token at a time; measured when the span was loaded."""
+        return self._speed.decode_tokens_per_s
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Through one block, in chunks; measured when the span was loaded."""
+        return self._speed.prefill_tokens_per_s
+
+    @property
+    def load(self) -> EngineLoad:
+        return EngineLoad(
+            cache_tokens_total=self._budget.tokens_total,
+            cache_tokens_free=self._budget.tokens_free,
+            queued_steps=self._worker.queued_steps,
+            busy_fraction=self._worker.busy_fraction,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """How this engine computes, for logs, the terminal view and tests of the fast path."""
+        replaced = self._span.replacements
+        return {
+            "blocks": f"{self.first_block}:{self.end_block}",
+            "device": str(self._span.device),
+            "dtype": dtype_name(self._span.dtype),
+            "threads": torch.get_num_threads(),
+            "weight_bytes": self._span.weight_bytes,
+            "cache_bytes": self._budget.total_bytes,
+            "packed_linears": replaced.packed_linears,
+            "fused_attentions": replaced.attentions,
+            "fused_gated_mlps": replaced.gated_mlps,
+            "fused_rms_norms": replaced.rms_norms,
+            "decode_tokens_per_s_per_block": round(self.decode_tokens_per_s, 1),
+            "prefill_tokens_per_s_per_block": round(self.prefill_tokens_per_s, 1),
+        }
+
+    def observe_batches(self, observer: BatchObserver) -> None:
+        """Call ``observer`` with a BatchReport after each batch, on the event loop."""
+        self._worker.observe(observer)
+
+    def reserve(self, request: CacheRequest) -> SessionCache:
+        span = self._span
+        if not span.first_block <= request.first_block < request.end_block <= span.end_block:
+            raise ProtocolError(
+                ErrorCode.BLOCKS_NOT_HOSTED,
+                f"{request.first_block}:{request.end_block} of {self.first_block}:{self.end_block}",
+            )
+        if request.rows < 1 or request.maximum_tokens < 1:
+            raise ProtocolError(ErrorCode.BAD_FIELD, "a cache of no rows or no tokens")
+        if request.left_padding and len(request.left_padding) != request.rows:
+            raise ProtocolError(ErrorCode.BAD_FIELD, "left_padding needs one count per row")
+        cache = SpanCache(request, span.cache_shape, span.device, self._budget)
+        return SpanCacheHandle(cache, self._worker)
+
+    async def step(self, cache: SessionCache, step: StepInput) -> StepOutput:
+        if not isinstance(cache, SpanCacheHandle):
+            raise UsageError("the cache is not of this engine")
+        self._check(cache.cache, step)
+        return await self._worker.run(cache.cache, step)
+
+    def _check(self, cache: SpanCache, step: StepInput) -> None:
+        """What does not depend on the steps before; the rest is checked when the step runs."""
+        shape = step.activations.shape
+        rows = cache.request.rows
+        if cache.closed:
+            raise ProtocolError(ErrorCode.UNKNOWN_SESSION, "the session was closed")
+        if len(shape) != 3 or shape[0] != rows or shape[1] < 1 or shape[2] != self.hidden_size:
+            raise ProtocolError(ErrorCode.BAD_TENSOR, f"shape {shape}")
+        if rows * shape[1] > max(self._maximum_step_tokens, rows):
+            raise ProtocolError(ErrorCode.TOO_LARGE, f"{rows} x {shape[1]} tokens in one step")
+        if step.position < 0 or step.position + shape[1] > cache.request.maximum_tokens:
+            raise ProtocolError(ErrorCode.BAD_POSITION, f"position {step.position}")
+        if not 1 <= step.output_tokens <= shape[1]:
+            raise ProtocolError(ErrorCode.BAD_FIELD, f"output_tokens {step.output_tokens}")
+        if step.row_order and (
+            len(step.row_order) != rows or not all(0 <= row < rows for row in step.row_order)
+        ):
+            raise ProtocolError(ErrorCode.BAD_FIELD, "row_order")
+
+    async def close(self) -> None:
+        """Finish the running batch, refuse the queue, end the device thread."""
+        await self._worker.close()
+
+
+def load_engine_blocking(
+    checkpoint: Checkpoint,
+    first_block: int,
+    end_block: int,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    cache_bytes: int | None = None,
+    cache_tokens: int | None = None,
+    threads: int | None = None,
+    maximum_step_tokens: int = _DEFAULT_STEP_TOKENS,
+    progress: Progress | None = None,
+) -> SpanEngine:
+    """Load a span and measure it. Takes seconds: from an event loop use ``load_engine``.
+
+    ``cache_tokens`` (for the whole span) or ``cache_bytes`` bound the caches; without either the
+    memory that is free decides. ``progress(blocks_loaded, blocks)`` is called from this thread.
+    Raises CheckpointError, ConfigError or UsageError in plain words.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen_device = choose_device(device)
+    span = load_span(
+        checkpoint,
+        first_block,
+        end_block,
+        device=chosen_device,
+        dtype=choose_dtype(dtype, chosen_device),
+        progress=progress,
+    )
+    if cache_tokens is not None:
+        blocks = end_block - first_block
+        cache_bytes = cache_tokens * blocks * span.cache_shape.bytes_per_block_token
+    elif cache_bytes is None:
+        cache_bytes = capacity.default_cache_bytes(span)
+    engine = SpanEngine(
+        span,
+        cache_bytes=cache_bytes,
+        speed=capacity.measure_speed(span),
+        threads=threads,
+        maximum_step_tokens=maximum_step_tokens,
+    )
+    _log.info("engine ready: %s", engine.describe())
+    return engine
+
+
+async def load_engine(
+    checkpoint: Checkpoint,
+    first_block: int,
+    end_block: int,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    cache_bytes: int | None = None,
+    cache_tokens: int | None = None,
+    threads: int | None = None,
+    maximum_step_tokens: int = _DEFAULT_STEP_TOKENS,
+    progress: Progress | None = None,
+) -> SpanEngine:
+    """``load_engine_blocking`` in a thread; ``progress`` is called from that thread."""
+    return await asyncio.to_thread(
+        load_engine_blocking,
+        checkpoint,
+        first_block,
+        end_block,
+        device=device,
+        dtype=dtype,
+        cache_bytes=cache_bytes,
+        cache_tokens=cache_tokens,
+        threads=threads,
+        maximum_step_tokens=maximum_step_tokens,
+        progress=progress,
+    )

@@ -1,0 +1,291 @@
+"""The one thread that owns the device, and its queue.
+
+The event loop puts steps in and awaits their futures; it never waits for torch. The thread takes
+what ``batching`` chooses, computes, and hands results back to the loop. Rules:
+
+- An error concerns one step where it can be told apart (input or output not finite, bad position),
+  and otherwise the steps of its batch; never the thread, never other sessions.
+- A step that has not started can be withdrawn; one that runs is waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from swarm.compute.devices import check_magnitude
+from swarm.compute.wire_tensors import TORCH_DTYPES, tensor_from_wire, tensor_to_wire
+from swarm.node.engine.api import StepInput, StepOutput
+from swarm.node.engine.batching import BatchLimits, WaitingStep, choose_batch
+from swarm.node.engine.cache import SpanCache
+from swarm.node.engine.ragged import RaggedBatch
+from swarm.node.engine.span_loader import Span
+from swarm.protocol.errors import ErrorCode, ProtocolError
+from swarm.protocol.tensors import WireTensor
+
+_log = logging.getLogger(__name__)
+_BUSY_WINDOW_S = 10.0
+_FLOAT16_MAXIMUM = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What ran in one batch, for metrics."""
+
+    steps: int
+    tokens: int
+    compute_s: float
+    longest_wait_s: float
+
+
+BatchObserver = Callable[[BatchReport], None]
+Result = StepOutput | ProtocolError
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    cache: SpanCache
+    step: StepInput
+    waiting: WaitingStep
+    future: asyncio.Future[StepOutput]
+    queued_at_s: float = field(default_factory=time.perf_counter)
+
+
+class Worker:
+    """Runs steps of one span. All methods are for the event loop; ``_run`` is the thread."""
+
+    def __init__(self, span: Span, limits: BatchLimits, threads: int | None) -> None:
+        self._span = span
+        self._limits = limits
+        self._threads = threads
+        self._waiting: list[_Job] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._busy: deque[tuple[float, float]] = deque()
+        self._observers: list[BatchObserver] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def queued_steps(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def busy_fraction(self) -> float:
+        """Share of the last 10 s in which the device worked."""
+        since = time.perf_counter() - _BUSY_WINDOW_S
+        while self._busy and self._busy[0][1] < since:
+            self._busy.popleft()
+        worked = sum(end - max(start, since) for start, end in tuple(self._busy))
+        return min(1.0, worked / _BUSY_WINDOW_S)
+
+    def observe(self, observer: BatchObserver) -> None:
+        """Call ``observer`` on the event loop after each batch."""
+        self._observers.append(observer)
+
+    async def run(self, cache: SpanCache, step: StepInput) -> StepOutput:
+        """Queue one step and wait for it. Cancelling withdraws it, or waits if it runs already."""
+        loop = self._start()
+        rows, tokens, _ = step.activations.shape
+        blocks = (cache.request.first_block, cache.request.end_block)
+        job = _Job(
+            cache, step, WaitingStep(id(cache), blocks, rows * tokens), loop.create_future()
+        )
+        with self._changed:
+            if self._stopping:
+                raise ProtocolError(ErrorCode.DRAINING, "the engine is closed")
+            self._waiting.append(job)
+            self._changed.notify()
+        try:
+            return await asyncio.shield(job.future)
+        except asyncio.CancelledError:
+            if not self._withdraw(job):
+                await _finished(job.future)
+            raise
+
+    def drop(self, cache: SpanCache) -> None:
+        """Refuse the steps of ``cache`` that have not started."""
+        with self._changed:
+            dropped = [job for job in self._waiting if job.cache is cache]
+            self._waiting = [job for job in self._waiting if job.cache is not cache]
+        for job in dropped:
+            _refuse(job, ProtocolError(ErrorCode.UNKNOWN_SESSION, "the session was closed"))
+
+    async def close(self) -> None:
+        """Finish the running batch, refuse the rest, end the thread."""
+        with self._changed:
+            self._stopping = True
+            dropped, self._waiting = self._waiting, []
+            self._changed.notify()
+        for job in dropped:
+            _refuse(job, ProtocolError(ErrorCode.DRAINING, "the engine is closing"))
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+            # Results that the thread has handed over just before its end.
+            await asyncio.sleep(0)
+
+    def _start(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._thread = threading.Thread(target=self._run, name="swarm-device", daemon=True)
+            self._thread.start()
+        return self._loop
+
+    def _withdraw(self, job: _Job) -> bool:
+        with self._changed:
+            if job not in self._waiting:
+                return False
+            self._waiting.remove(job)
+        job.future.cancel()
+        return True
+
+    # --- the device thread --------------------------------------------------------------------
+    def _run(self) -> None:
+        assert self._loop is not None
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        while True:
+            with self._changed:
+                while not self._waiting and not self._stopping:
+                    self._changed.wait()
+                if self._stopping:
+                    return
+                chosen = set(choose_batch([job.waiting for job in self._waiting], self._limits))
+                jobs = [job for index, job in enumerate(self._waiting) if index in chosen]
+                self._waiting = [
+                    job for index, job in enumerate(self._waiting) if index not in chosen
+                ]
+                for job in jobs:
+                    job.cache.steps_running += 1
+            started_s = time.perf_counter()
+            try:
+                results = compute_batch(self._span, [(job.cache, job.step) for job in jobs])
+            except Exception:  # whatever happened: these steps fail, the thread lives on
+                _log.exception("a batch of %d steps failed", len(jobs))
+                failed = ProtocolError(ErrorCode.INTERNAL, "the batch failed")
+                results = [failed] * len(jobs)
+            ended_s = time.perf_counter()
+            report = BatchReport(
+                steps=len(jobs),
+                tokens=sum(job.waiting.tokens for job in jobs),
+                compute_s=ended_s - started_s,
+                longest_wait_s=max(started_s - job.queued_at_s for job in jobs),
+            )
+            # The loop may be closed when a program ends without closing the engine.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(
+                    self._deliver, jobs, results, report, started_s, ended_s
+                )
+
+    def _deliver(
+        self,
+        jobs: list[_Job],
+        results: list[WireTensor | ProtocolError],
+        report: BatchReport,
+        started_s: float,
+        ended_s: float,
+    ) -> None:
+        """On the event loop: wake those who wait."""
+        self._busy.append((started_s, ended_s))
+        for job, result in zip(jobs, results, strict=True):
+            job.cache.steps_running -= 1
+            job.cache.release_if_idle()
+            if isinstance(result, ProtocolError):
+                _refuse(job, result)
+            elif not job.future.done():
+                job.future.set_result(
+                    StepOutput(
+                        activations=result,
+                        queue_us=int((started_s - job.queued_at_s) * 1e6),
+                        compute_us=int((ended_s - started_s) * 1e6),
+                    )
+                )
+        for observer in self._observers:
+            observer(report)
+
+
+async def _finished(future: asyncio.Future[StepOutput]) -> None:
+    """Wait for a running step through further cancellations; it takes one batch at most."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([future])
+    future.exception()  # nobody else will look at it
+
+
+def _refuse(job: _Job, error: ProtocolError) -> None:
+    if not job.future.done():
+        job.future.set_exception(error)
+
+
+@torch.inference_mode()
+def compute_batch(
+    span: Span, steps: list[tuple[SpanCache, StepInput]]
+) -> list[WireTensor | ProtocolError]:
+    """One batch of steps of different sessions with the same blocks; one result for each.
+
+    A step whose input or output is refused gets its error here; the others are not affected.
+    """
+    results: dict[int, WireTensor | ProtocolError] = {}
+    running: list[int] = []
+    inputs: list[torch.Tensor] = []
+    for index, (cache, step) in enumerate(steps):
+        try:
+            inputs.append(_prepare(span, cache, step))
+            running.append(index)
+        except ProtocolError as error:
+            results[index] = error
+    if running:
+        caches = [steps[index][0] for index in running]
+        positions = [steps[index][1].position for index in running]
+        tokens = [steps[index][1].activations.shape[1] for index in running]
+        batch = RaggedBatch(caches, positions, tokens)
+        flat = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+        request = caches[0].request
+        output = span.forward(
+            flat.unsqueeze(0), batch, request.first_block, request.end_block
+        ).squeeze(0)
+        start = 0
+        for index, cache, count in zip(running, caches, tokens, strict=True):
+            end = start + cache.request.rows * count
+            results[index] = _finish(cache, steps[index][1], output[start:end])
+            start = end
+    return [results[index] for index in range(len(steps))]
+
+
+def _prepare(span: Span, cache: SpanCache, step: StepInput) -> torch.Tensor:
+    """Check a step, bring its cache into the right state; ``[rows * tokens, hidden]``."""
+    rows, tokens, hidden_size = step.activations.shape
+    if cache.closed:
+        raise ProtocolError(ErrorCode.UNKNOWN_SESSION, "the session was closed")
+    if step.position > cache.length or step.position + tokens > cache.request.maximum_tokens:
+        raise ProtocolError(
+            ErrorCode.BAD_POSITION, f"position {step.position} with {cache.length} cached"
+        )
+    hidden = tensor_from_wire(step.activations).view(rows * tokens, hidden_size)
+    if not check_magnitude(hidden):
+        raise ProtocolError(ErrorCode.NOT_FINITE, "input")
+    cache.length = step.position
+    if step.row_order:
+        cache.reorder(step.row_order)
+    return hidden.to(device=span.device, dtype=span.dtype)
+
+
+def _finish(
+    cache: SpanCache, step: StepInput, output: torch.Tensor
+) -> WireTensor | ProtocolError:
+    """Check and convert one session's ``[rows * tokens, hidden]``; its cache grows on success."""
+    rows, tokens, hidden_size = step.activations.shape
+    wanted = output.view(rows, tokens, hidden_size)[:, tokens - step.output_tokens :]
+    limits = [_FLOAT16_MAXIMUM] if TORCH_DTYPES[cache.request.wire_dtype] == torch.float16 else []
+    if not check_magnitude(wanted, *limits):
+        return ProtocolError(ErrorCode.NOT_FINITE, "output")
+    cache.length = step.position + tokens
+    return tensor_to_wire(wanted, cache.request.wire_dtype)

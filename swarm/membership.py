@@ -1,0 +1,285 @@
+"""Who is in the swarm: announcing ourselves, and reading what others announce.
+
+Every node keeps one record per model revision alive, in one of the model's shards, and sees to it
+that the list of models names its model. The number of shards is a power of two. It follows from
+what the nodes see: those that list the model propose to double or halve it, and everybody uses the
+number that most of them name. Reading the first ``n`` shards finds all records that were stored for
+``n`` shards or fewer, so a change of the number loses nobody.
+
+A node that leaves overwrites its record with one in state DRAINING that expires right after the one
+before. (It cannot expire earlier: of two entries the directory keeps the one that expires later.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from swarm.ports import Clock, Directory
+from swarm.protocol.errors import NetworkError, RecordError
+from swarm.protocol.identity import Identity, PeerId
+from swarm.protocol.records import (
+    MAX_LIFETIME_S,
+    MAX_SHARDS,
+    ModelIndexRecord,
+    NodeRecord,
+    NodeState,
+    expected_key,
+    model_index_key,
+    open_record,
+    shard_key,
+    shard_of,
+    sign_record,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T", int, tuple[str, int, int])
+
+INDEX_PUBLISHERS = 16
+"""So many nodes list a model; further ones only read."""
+CROWDED_SHARD = 128
+"""More records than this in a shard: propose twice the shards. 64 are aimed at."""
+EMPTY_SHARD = 24
+"""Fewer: propose half. Far below half of ``CROWDED_SHARD``, so that it does not swing."""
+SHARDS_PER_READ = 4
+EXPIRY_PERIODS = 3
+LEAVE_TIMEOUT_S = 3.0
+SHORTEST_PAUSE_S = 0.25
+"""Between two announcements, however often the state changes."""
+RETRY_S = 2.0
+"""After an announcement that nobody took."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """A model that somebody serves, as most of those who list it describe it."""
+
+    model_name: str
+    model_revision: bytes
+    number_of_blocks: int
+    hidden_size: int
+    shards: int
+
+
+class Announcer:
+    """Keeps our record of one model revision alive; the application owns the task of ``run``."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        directory: Directory,
+        clock: Clock,
+        record: NodeRecord,
+        *,
+        hidden_size: int,
+        announce_period_s: float = 30.0,
+    ) -> None:
+        """``record`` needs no valid shards, sequence and expiry: they are filled in here."""
+        self._identity = identity
+        self._directory = directory
+        self._clock = clock
+        self._record = record
+        self._hidden_size = hidden_size
+        self._period_s = announce_period_s
+        self._shards = 1
+        self._last_sequence = 0
+        self._last_expiry_unix_s = 0
+        self._changed = asyncio.Event()
+
+    @property
+    def record(self) -> NodeRecord:
+        """What is announced; shards, sequence and expiry aside."""
+        return self._record
+
+    def update(self, record: NodeRecord) -> None:
+        """Announce this from now on: at once if state or span changed, otherwise with the next."""
+        before, self._record = self._record, record
+        if (before.state, before.first_block, before.end_block) != (
+            record.state,
+            record.first_block,
+            record.end_block,
+        ):
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Announce until cancelled. Network errors are logged and tried again, never raised."""
+        while True:
+            self._changed.clear()
+            try:
+                taken = await self._announce()
+            except NetworkError as error:
+                logger.warning("could not announce: %s", error)
+                taken = False
+            pause_s = self._period_s if taken else min(self._period_s, RETRY_S)
+            await self._clock.sleep(min(SHORTEST_PAUSE_S, pause_s))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s - SHORTEST_PAUSE_S):
+                    await self._changed.wait()
+
+    async def leave(self) -> None:
+        """Overwrite our record, so that nobody routes through us. For when ``run`` has ended."""
+        self._record = replace(self._record, state=NodeState.DRAINING, cache_tokens_free=0)
+        with contextlib.suppress(TimeoutError, NetworkError):
+            async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                await self._store_node(self._last_expiry_unix_s + 1)
+
+    async def _announce(self) -> bool:
+        index = [
+            record
+            for record in await _read_index(self._directory, self._clock)
+            if record.model_revision == self._record.model_revision
+        ]
+        self._shards = agreed_shards(index)
+        expires_unix_s = int(self._clock.unix_s() + EXPIRY_PERIODS * self._period_s)
+        taken = await self._store_node(expires_unix_s)
+        listed_by_others = sum(1 for record in index if record.peer_id != self._identity.peer_id)
+        if listed_by_others < INDEX_PUBLISHERS:
+            await self._store_index(expires_unix_s)
+        return taken
+
+    async def _store_node(self, expires_unix_s: int) -> bool:
+        now_unix_s = self._clock.unix_s()
+        # Of two entries the directory keeps the one that expires later.
+        self._last_expiry_unix_s = min(
+            max(expires_unix_s, self._last_expiry_unix_s + 1), int(now_unix_s) + MAX_LIFETIME_S - 5
+        )
+        record = replace(
+            self._record,
+            peer_id=self._identity.peer_id,
+            shards=self._shards,
+            sequence=self._next_sequence(),
+            expires_unix_s=self._last_expiry_unix_s,
+        )
+        return await self._directory.store(
+            expected_key(record), sign_record(self._identity, record), record.expires_unix_s
+        )
+
+    async def _store_index(self, expires_unix_s: int) -> None:
+        own_shard = shard_of(self._identity.peer_id, self._shards)
+        neighbours = await self._directory.get(shard_key(self._record.model_revision, own_shard))
+        record = ModelIndexRecord(
+            peer_id=self._identity.peer_id,
+            model_name=self._record.model_name,
+            model_revision=self._record.model_revision,
+            number_of_blocks=self._record.number_of_blocks,
+            shards=proposed_shards(self._shards, len(neighbours)),
+            hidden_size=self._hidden_size,
+            sequence=self._next_sequence(),
+            expires_unix_s=expires_unix_s,
+        )
+        value = sign_record(self._identity, record)
+        await self._directory.store(model_index_key(), value, record.expires_unix_s)
+
+    def _next_sequence(self) -> int:
+        """Grows across restarts too, since it follows the clock."""
+        self._last_sequence = max(self._last_sequence + 1, int(self._clock.unix_s() * 1000))
+        return self._last_sequence
+
+
+# --- reading -------------------------------------------------------------------------------------
+async def list_models(directory: Directory, clock: Clock) -> list[ModelSummary]:
+    """All models that are served, ordered by name."""
+    of_revision: dict[bytes, list[ModelIndexRecord]] = {}
+    for record in await _read_index(directory, clock):
+        of_revision.setdefault(record.model_revision, []).append(record)
+    summaries = []
+    for revision, records in of_revision.items():
+        name, number_of_blocks, hidden_size = _most_common(
+            (record.model_name, record.number_of_blocks, record.hidden_size) for record in records
+        )
+        shards = agreed_shards(records)
+        summaries.append(ModelSummary(name, revision, number_of_blocks, hidden_size, shards))
+    return sorted(summaries, key=lambda model: (model.model_name, model.model_revision))
+
+
+async def read_nodes(
+    directory: Directory,
+    model_revision: bytes,
+    clock: Clock,
+    *,
+    dice: random.Random | None = None,
+    maximum_shards: int = SHARDS_PER_READ,
+) -> list[NodeRecord]:
+    """The nodes of a model: all of them in a small swarm, those of random shards in a large one.
+
+    In every state: who routes keeps the ONLINE ones. Ordered by peer id.
+    """
+    index = [
+        record
+        for record in await _read_index(directory, clock)
+        if record.model_revision == model_revision
+    ]
+    shards: Sequence[int] = range(agreed_shards(index))
+    if len(shards) > maximum_shards:
+        shards = (dice or random.Random()).sample(shards, maximum_shards)  # noqa: S311
+    keys = [shard_key(model_revision, shard) for shard in shards]
+    newest: dict[PeerId, NodeRecord] = {}
+    reads = await asyncio.gather(*(_read(directory, key, clock) for key in keys))
+    for record in (record for read in reads for record in read):
+        if isinstance(record, NodeRecord):
+            known = newest.get(record.peer_id)
+            if known is None or known.sequence < record.sequence:
+                newest[record.peer_id] = record
+    return [newest[peer_id] for peer_id in sorted(newest)]
+
+
+async def _read_index(directory: Directory, clock: Clock) -> list[ModelIndexRecord]:
+    records = await _read(directory, model_index_key(), clock)
+    return [record for record in records if isinstance(record, ModelIndexRecord)]
+
+
+async def _read(
+    directory: Directory, key: str, clock: Clock
+) -> list[NodeRecord | ModelIndexRecord]:
+    records = []
+    for peer_id, entry in (await directory.get(key)).items():
+        try:
+            records.append(
+                open_record(entry.value, now_unix_s=clock.unix_s(), expected_peer=peer_id)
+            )
+        except RecordError as error:  # it has expired since the directory looked at it
+            logger.debug("dropped a record of %s: %s", peer_id, error.detail)
+    return records
+
+
+# --- pure choices --------------------------------------------------------------------------------
+def agreed_shards(index: Collection[ModelIndexRecord]) -> int:
+    """The number of shards that most records of one model name; 1 without any."""
+    powers_of_two = [record.shards for record in index if record.shards.bit_count() == 1]
+    return _most_common(powers_of_two) if powers_of_two else 1
+
+
+def proposed_shards(shards: int, records_in_own_shard: int) -> int:
+    """The number of shards that would bring about 64 records into each."""
+    if records_in_own_shard > CROWDED_SHARD:
+        return min(2 * shards, MAX_SHARDS)
+    if records_in_own_shard < EMPTY_SHARD:
+        return max(shards // 2, 1)
+    return shards
+
+
+def coverage(
+    records: Iterable[NodeRecord],
+    number_of_blocks: int,
+    states: Collection[NodeState] = (NodeState.ONLINE,),
+) -> list[int]:
+    """How many nodes in one of ``states`` host each block ``[number_of_blocks]``."""
+    replicas = [0] * number_of_blocks
+    for record in records:
+        if record.state in states and record.number_of_blocks == number_of_blocks:
+            for block in range(record.first_block, record.end_block):
+                replicas[block] += 1
+    return replicas
+
+
+def _most_common(values: Iterable[T]) -> T:
+    """Of several equally common ones the largest, so that everybody picks the same."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value))
