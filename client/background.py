@@ -69,7 +69,9 @@ class BackgroundLoop:
         if self.is_closed:
             return
         with suppress(TimeoutError, CancelledError):
-            asyncio.run_coroutine_threadsafe(_cancel_all_others(), self._loop).result(CANCEL_GRACE_S)
+            asyncio.run_coroutine_threadsafe(_cancel_all_others(), self._loop).result(
+                CANCEL_GRACE_S
+            )
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CANCEL_GRACE_S)
         if not self._thread.is_alive():

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -80,7 +80,11 @@ class ModelEnds(nn.Module):
         family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         with _no_progress_bars():
             hollow_model, report = family.from_pretrained(
-                None, config=hollow_config, state_dict=tensors, dtype=dtype, output_loading_info=True
+                None,
+                config=hollow_config,
+                state_dict=tensors,
+                dtype=dtype,
+                output_loading_info=True,
             )
         if missing := sorted(report["missing_keys"]):
             raise CheckpointError(
@@ -126,6 +130,14 @@ def read_config(checkpoint_path: Path) -> PretrainedConfig:
             f"supported are {', '.join(SUPPORTED_FAMILIES)}"
         )
     return config
+
+
+def read_generation_config(checkpoint: Checkpoint, config: PretrainedConfig) -> GenerationConfig:
+    """The model's own defaults: end of text tokens, and sampling if its makers advise any."""
+    try:
+        return GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
 
 
 def read_tensors(checkpoint: Checkpoint, config: PretrainedConfig) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from swarm.catalogue.checkpoint import Checkpoint, resolve_checkpoint
 from swarm.client.background import BackgroundLoop
 from swarm.client.cache import SwarmCache
 from swarm.client.config import ClientSettings
-from swarm.client.ends import ModelEnds, remote_blocks
+from swarm.client.ends import ModelEnds, read_generation_config, remote_blocks
 from swarm.client.remote_blocks import RemoteBlocks
 from swarm.protocol.errors import UsageError
 
@@ -216,14 +216,6 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
 
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.ends.head
-
-
-def read_generation_config(checkpoint: Checkpoint, config: PretrainedConfig) -> GenerationConfig:
-    """The model's own defaults: end of text tokens, and sampling if its makers advise any."""
-    try:
-        return GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
-    except OSError:
-        return GenerationConfig.from_model_config(config)
 
 
 def left_padding_of(mask: torch.Tensor | None, rows: int, tokens: int) -> tuple[int, ...]:

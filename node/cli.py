@@ -3,7 +3,7 @@
 Heavy packages are imported inside the commands, so that ``--help`` answers at once.
 
 Exit codes: 0 left cleanly, 1 doctor found a failure or a bug ended the node, 2 wrong usage or
-settings, 3 the blocks cannot be served (checkpoint, memory), 4 the network cannot be used.
+settings, 3 the blocks cannot be served (checkpoint, memory), 4 the network cannot be used, 130 a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from swarm.node.config import NodeSettings, SeedSettings, load_settings
 from swarm.protocol.errors import (
+    CapacityError,
     CheckpointError,
     NetworkError,
     NoRouteError,
@@ -25,6 +27,7 @@ from swarm.protocol.errors import (
     RemoteError,
     SwarmError,
 )
+from swarm.threads import configure_threads_environment
 
 if TYPE_CHECKING:
     from swarm.node.view import View
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
 EXIT_USAGE = 2
 EXIT_CANNOT_SERVE = 3
 EXIT_NETWORK = 4
+EXIT_INTERRUPTED = 130
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="swarm-node",
@@ -169,7 +175,7 @@ def join(
                 "log_level": log_level,
             },
         )
-        _prepare_process(settings.log_level)
+        _prepare_process(settings.log_level, settings.threads)
         from swarm.node.app import run_node
 
         _run(run_node(settings, view))
@@ -291,7 +297,7 @@ class _Outcome:
 def exit_code(error: SwarmError) -> int:
     """Which of the documented exit codes an error ends the process with."""
     match error:
-        case CheckpointError():
+        case CheckpointError() | CapacityError():
             return EXIT_CANNOT_SERVE
         case NetworkError() | RemoteError() | ProtocolError() | NoRouteError():
             return EXIT_NETWORK
@@ -305,19 +311,28 @@ def _view(as_json: bool, plain: bool) -> View:
     return make_view(as_json=as_json, plain=plain)
 
 
-def _prepare_process(log_level: str) -> None:
+def _prepare_process(log_level: str, threads: int | None = None) -> None:
     """What must be set before heavy packages load, and where the log goes."""
-    # With other busy processes, threads that spin make a token 2.6 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    configure_threads_environment(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(
         level=log_level.upper(),
-        stream=sys.stderr,
+        handlers=[_StderrHandler()],
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
 
 
-def _run(coroutine: Any) -> Any:
+class _StderrHandler(logging.Handler):
+    """Writes to what ``sys.stderr`` is at the time: the live view puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
     import asyncio
 
-    return asyncio.run(coroutine)
+    try:
+        return asyncio.run(coroutine)
+    except asyncio.CancelledError:  # the second Ctrl-C
+        raise typer.Exit(EXIT_INTERRUPTED) from None

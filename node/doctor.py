@@ -7,7 +7,6 @@ the peers that the user named.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from swarm.node.addresses import is_public
 from swarm.node.config import NodeSettings
 from swarm.protocol.errors import SwarmError
 
@@ -222,7 +222,7 @@ def check_reachability(settings: NodeSettings, addresses: Sequence[str]) -> Chec
     if settings.announce_addresses:
         found = f"announces {', '.join(settings.announce_addresses)}; not tried from outside"
         return Check("reachability", "ok", found)
-    if any(_is_public(address) for address in addresses):
+    if any(is_public(address) for address in addresses):
         found = "this computer has a public address; not tried from outside"
         return Check("reachability", "ok", found, "open the port in the firewall, if there is one")
     return Check(
@@ -241,16 +241,6 @@ def check_model(settings: NodeSettings, probes: Probes) -> Check:
     if facts.block_bytes > 0.8 * available:
         return Check("model", "fail", found, "not one block fits into the free memory")
     return Check("model", "ok", found)
-
-
-def _is_public(address: str) -> bool:
-    parts = address.split("/")
-    if len(parts) < 3 or parts[1] not in ("ip4", "ip6"):
-        return False
-    try:
-        return ipaddress.ip_address(parts[2]).is_global
-    except ValueError:
-        return False
 
 
 # --- report --------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ class NodeService:
         except ProtocolError as error:
             self._refused(connection.peer, error)
             await connection.refuse(error, retry_after_ms=self._retry_after_ms(error))
-        except NetworkError as error:
+        except (NetworkError, RemoteError) as error:
             log.debug("stream of %s ended: %s", connection.peer, error)
         except Exception:  # the one place for a stream: log, answer with a code, go on serving
             log.exception("stream of %s failed", connection.peer)

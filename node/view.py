@@ -177,7 +177,14 @@ class LiveView:
         self._console = console
 
     async def watch(self, status: StatusSource) -> None:
-        with Live(render(status()), console=self._console, auto_refresh=False) as live:
+        first = render(status())
+        live = Live(
+            first,
+            console=self._console,
+            auto_refresh=False,
+            redirect_stderr=sys.stderr.isatty(),  # a log file stays a log file
+        )
+        with live:
             try:
                 while True:
                     # Drawing takes some milliseconds: not on the loop that answers peers.

@@ -5,6 +5,7 @@
     SwarmError
     |-- UsageError            we, or our user, asked for something that makes no sense
     |   |-- CheckpointError       the model's files are missing, incomplete or of an unknown family
+    |   |-- CapacityError         this computer has not the memory for what was asked
     |   `-- ConfigError           a setting is wrong
     |-- ProtocolError         a peer broke the protocol; the peer is to blame
     |   |-- DecodeError           bytes that are no valid message
@@ -97,6 +98,10 @@ class UsageError(SwarmError):
 
 class CheckpointError(UsageError):
     """A model's files are missing, incomplete, damaged or of a family that is not supported."""
+
+
+class CapacityError(UsageError):
+    """This computer has not enough memory for the blocks or the cache that were asked for."""
 
 
 class ConfigError(UsageError):

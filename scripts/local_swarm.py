@@ -31,6 +31,7 @@ from typing import Any
 from rich.console import Console
 
 from scripts.process_keeper import KeptProcess
+from swarm.catalogue.checkpoint import Checkpoint
 
 SWARM_NODE = Path(sys.executable).with_name("swarm-node")
 
@@ -74,13 +75,6 @@ class SwarmPlan:
     places: tuple[Place, ...] = ()
     metrics: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
-
-
-def count_blocks(model: Path) -> int:
-    """The number of blocks that the checkpoint's config states."""
-    config = json.loads((model / "config.json").read_text())
-    config = config.get("text_config", config)
-    return int(config.get("num_hidden_layers") or config["n_layer"])
 
 
 def equal_spans(blocks: int, nodes: int) -> tuple[Span, ...]:
@@ -295,7 +289,7 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     end_on_sigterm()
-    spans = equal_spans(count_blocks(options.model), options.nodes)
+    spans = equal_spans(Checkpoint.open(options.model).number_of_blocks, options.nodes)
     plan = SwarmPlan(options.model, spans, options.dtype, options.threads, options.logs)
     try:
         with contextlib.ExitStack() as running:

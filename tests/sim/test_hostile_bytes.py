@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from swarm.connection import Connection
 from swarm.protocol.codec import encode
-from swarm.protocol.errors import NetworkError, ProtocolError
+from swarm.protocol.errors import ErrorCode, NetworkError, ProtocolError
 from swarm.protocol.messages import (
     MESSAGE_TYPES,
     Attach,
@@ -43,6 +43,17 @@ from swarm.virtual_time import VirtualTimeLoop
 
 EXAMPLES = 5000
 MEMORY_GROWTH_BYTES = 128 * 1024 * 1024
+REACHED = {
+    ErrorCode.BAD_FRAME,
+    ErrorCode.UNKNOWN_MESSAGE,
+    ErrorCode.BAD_FIELD,
+    ErrorCode.TOO_LARGE,
+    ErrorCode.UNSUPPORTED_DTYPE,
+    ErrorCode.UNEXPECTED_MESSAGE,
+    ErrorCode.UNKNOWN_SESSION,
+    ErrorCode.TOO_SLOW,
+}
+"""Refusals that the examples must provoke, or they have stopped to test anything."""
 REVISION = bytes(range(32))
 TENSOR = WireTensor(DType.FLOAT32, (1, 2, 4), bytes(32))
 
@@ -207,6 +218,7 @@ def test_hostile_bytes_never_hurt(target: Target, make_tensor: Any, toy_blocks: 
         deadline=None,
         suppress_health_check=list(HealthCheck),
         database=None,
+        derandomize=True,
     )
     @given(state=st.integers(0, 2), hostile=hostile_bytes())
     def attack(state: int, hostile: bytes) -> None:
@@ -214,5 +226,8 @@ def test_hostile_bytes_never_hurt(target: Target, make_tensor: Any, toy_blocks: 
         target.runner.run(target.check_alive(random, make_tensor, toy_blocks))
 
     attack()
+    refusals = set(target.swarm.nodes[0].counted.codes)
+    assert refusals >= REACHED, f"the attack no longer reaches {REACHED - refusals}"
+    assert ErrorCode.INTERNAL not in refusals
     grown_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before_bytes
     assert grown_bytes < MEMORY_GROWTH_BYTES

@@ -81,9 +81,7 @@ class LocalChain:
             past_key_values=self._cache,
             use_cache=True,
         )
-        return tensor_to_wire(
-            output.last_hidden_state[:, -output_tokens:], self.request.wire_dtype
-        )
+        return tensor_to_wire(output.last_hidden_state[:, -output_tokens:], self.request.wire_dtype)
 
     async def close(self) -> None:
         self.closed = True

@@ -505,7 +505,7 @@ TENSOR_HEADERS = st.tuples(
 )
 
 
-@settings(HOSTILE, max_examples=1000)  # the generator is slow, not the decoder
+@settings(HOSTILE, max_examples=500)  # the generator is slow, not the decoder
 @given(
     st.sampled_from(TAGS),
     st.dictionaries(st.integers(0, 10), st.one_of(NESTED, TENSOR_HEADERS), max_size=10),
@@ -517,7 +517,7 @@ def test_well_formed_maps_with_any_content(
     decodes_or_refuses(make_frame(tag, msgpack.packb(header), payload))
 
 
-@HOSTILE
+@settings(HOSTILE, max_examples=1000)
 @given(
     TENSOR_HEADERS,
     st.one_of(

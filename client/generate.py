@@ -1,0 +1,381 @@
+"""Text from a swarm, asynchronously: for programs that serve many users on one event loop.
+
+    model = LocalModel.load("SmolLM2-135M-Instruct")
+    async with await SwarmClient.connect(settings) as client:
+        async for piece in stream_generate(client, model, model.encode_chat(messages)):
+            print(piece.text, end="")
+    print(piece.result.tokens_per_s)
+
+Samplers are transformers' own logits processors, in the order in which ``generate`` applies them:
+the same seed gives the same tokens. Beams and assisted decoding are in ``model``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList
+from transformers.generation import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from swarm.catalogue.checkpoint import Checkpoint, resolve_checkpoint
+from swarm.client.ends import ModelEnds, read_generation_config, remote_blocks
+from swarm.client.remote_blocks import ChainOpener, RemoteBlocks, RemoteChain
+from swarm.client.text_stream import IncrementalDetokenizer, StopStrings
+from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
+from swarm.protocol.errors import CheckpointError, UsageError
+from swarm.protocol.tensors import DType, WireTensor
+from swarm.routing import ChainPlan
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSettings:
+    """How the next token is chosen, and when to stop."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0 is all of them."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together have this probability."""
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
+
+    def __post_init__(self) -> None:
+        for is_right, text in (
+            (self.max_new_tokens >= 1, "max_new_tokens must be at least 1"),
+            (0 <= self.temperature <= 100, "temperature must be between 0 and 100"),
+            (self.top_k >= 0, "top_k must be 0 or more"),
+            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
+            (0 < self.repetition_penalty <= 100, "repetition_penalty must be above 0"),
+        ):
+            if not is_right:
+                raise UsageError(text)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """What was generated, by whom and how fast."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """New tokens, an end-of-text token included."""
+    finish_reason: str
+    """``stop`` (end of text or a stop string) or ``length``."""
+    prompt_tokens: int
+    time_to_first_token_s: float
+    """From the call to the first token; opening the chain included."""
+    tokens_per_s: float
+    """After the first token; 0 when there was only one."""
+    chain_passes: int
+    plan: ChainPlan
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """Some more text. The last piece of a stream has the ``result``, and maybe no text."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    result: GenerationResult | None = None
+
+
+class LocalModel:
+    """What a client holds of a model: tokenizer and ends. One serves any number of sessions."""
+
+    def __init__(
+        self,
+        ends: ModelEnds,
+        blocks_of: Callable[[ChainOpener], RemoteBlocks],
+        tokenizer: Any,
+        end_token_ids: frozenset[int],
+    ) -> None:
+        self.ends = ends
+        self.tokenizer = tokenizer
+        self.end_token_ids = end_token_ids
+        self.blocks_of = blocks_of
+        # The head takes milliseconds: off the event loop, and never on more threads than torch has.
+        self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="swarm-head")
+
+    @classmethod
+    def load(
+        cls, model_name_or_path: str, *, dtype: str = "auto", device: str = "cpu"
+    ) -> LocalModel:
+        """Read tokenizer, embeddings, norm and head. Blocks for a second: not on an event loop.
+
+        Raises CheckpointError or ConfigError.
+        """
+        checkpoint = Checkpoint.open(resolve_checkpoint(model_name_or_path))
+        ends = ModelEnds.load(checkpoint, dtype=dtype, device=device)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read the tokenizer in {checkpoint.path}") from error
+        return cls(
+            ends,
+            partial(remote_blocks, checkpoint=checkpoint, ends=ends, dtype=dtype),
+            tokenizer,
+            _end_tokens(read_generation_config(checkpoint, ends.config), tokenizer),
+        )
+
+    @property
+    def maximum_tokens(self) -> int:
+        """Positions that the model was made for."""
+        return int(getattr(self.ends.config, "max_position_embeddings", 0) or (1 << 22))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text."""
+        return list(self.tokenizer(text)["input_ids"])
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation (``role`` and ``content``), ready for the answer.
+
+        Raises UsageError when the model has no chat template.
+        """
+        if not self.has_chat_template:
+            raise UsageError("this model has no chat template; give it plain text (--raw)")
+        text = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    async def compute(self, work: Callable[[], Value]) -> Value:
+        """Run torch work on the model's own thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._torch_thread, work)
+
+    def close(self) -> None:
+        """End the thread; sessions must be closed before."""
+        self._torch_thread.shutdown()
+
+
+class TextSession:
+    """A session that may outlive one answer: what the hops have cached is not computed again.
+
+    One answer at a time. An async context manager.
+    """
+
+    def __init__(self, client: ChainOpener, model: LocalModel, maximum_tokens: int) -> None:
+        """``maximum_tokens`` is what the nodes reserve: prompt and answers together."""
+        self._model = model
+        self._blocks = model.blocks_of(client)
+        self._maximum_tokens = maximum_tokens
+        self._chain: RemoteChain | None = None
+        self._cached_ids: list[int] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Free the session on the nodes; the next answer opens a new one."""
+        chain, self._chain = self._chain, None
+        self._cached_ids = []
+        if chain is not None:
+            await chain.close()
+
+    async def stream(
+        self, prompt_ids: Sequence[int], settings: SamplingSettings | None = None
+    ) -> AsyncIterator[TextPiece]:
+        """Continue ``prompt_ids``; the part of it that is cached already is not sent again.
+
+        Raises UsageError for prompts that do not fit, NoRouteError, RemoteError and NetworkError.
+        After an error or a cancellation the session is closed.
+        """
+        settings = settings or SamplingSettings()
+        room = min(self._maximum_tokens, self._model.maximum_tokens) - len(prompt_ids)
+        if not prompt_ids:
+            raise UsageError("the prompt is empty")
+        if room < 1:
+            raise UsageError(
+                f"the prompt has {len(prompt_ids)} tokens; at most "
+                f"{len(prompt_ids) + room - 1} fit into this session"
+            )
+        limit = min(settings.max_new_tokens, room)
+        chooser = TokenChooser(self._model.ends, settings, prompt_ids, self._wire_dtype)
+        detokenizer = IncrementalDetokenizer(self._model.decode)
+        stop_strings = StopStrings(settings.stop)
+        new_ids: list[int] = []
+        texts: list[str] = []
+        started_s = first_s = time.perf_counter()
+        start = self._cached_beginning(prompt_ids)
+        passes_before = self._chain.passes if self._chain is not None else 0
+        pending = list(prompt_ids[start:])
+        activations = await self._model.compute(partial(chooser.embed, pending))
+        while True:
+            hidden = await self._step(activations, start, pending)
+            token_id, activations = await self._model.compute(partial(chooser.choose, hidden))
+            start += len(pending)
+            pending = [token_id]
+            new_ids.append(token_id)
+            if len(new_ids) == 1:
+                first_s = time.perf_counter()
+            ended = token_id in self._model.end_token_ids
+            text = stop_strings.add(detokenizer.add(token_id))
+            if ended or stop_strings.stopped or len(new_ids) >= limit:
+                text += stop_strings.add(detokenizer.finish()) + stop_strings.finish()
+                break
+            texts.append(text)
+            yield TextPiece(text, (token_id,))
+        texts.append(text)
+        decode_s = time.perf_counter() - first_s
+        assert self._chain is not None
+        yield TextPiece(
+            text,
+            (token_id,),
+            GenerationResult(
+                text="".join(texts),
+                token_ids=tuple(new_ids),
+                finish_reason="stop" if ended or stop_strings.stopped else "length",
+                prompt_tokens=len(prompt_ids),
+                time_to_first_token_s=first_s - started_s,
+                tokens_per_s=(len(new_ids) - 1) / decode_s if len(new_ids) > 1 else 0.0,
+                chain_passes=self._chain.passes - passes_before,
+                plan=self._chain.plan,
+            ),
+        )
+
+    @property
+    def _wire_dtype(self) -> DType:
+        return self._blocks.wire_dtype
+
+    def _cached_beginning(self, prompt_ids: Sequence[int]) -> int:
+        """How many tokens of the prompt the hops hold already; the last one always goes again."""
+        shared = 0
+        for cached, wanted in zip(self._cached_ids, prompt_ids[:-1], strict=False):
+            if cached != wanted:
+                break
+            shared += 1
+        return shared
+
+    async def _step(self, activations: WireTensor, position: int, ids: list[int]) -> WireTensor:
+        try:
+            if self._chain is None:
+                self._chain = await self._blocks.open_chain(
+                    rows=1, maximum_tokens=self._maximum_tokens
+                )
+            hidden = await self._chain.step(activations, position, output_tokens=1)
+        except BaseException:
+            # Failed or cancelled on the way: what the hops have cached is not known any more.
+            await self.close()
+            raise
+        self._cached_ids[position:] = ids
+        return hidden
+
+
+async def stream_generate(
+    client: ChainOpener,
+    model: LocalModel,
+    prompt_ids: Sequence[int],
+    settings: SamplingSettings | None = None,
+) -> AsyncIterator[TextPiece]:
+    """Generate in a session of its own, which is freed at the end, on errors and on cancellation.
+
+    A consumer that may stop early wraps the stream in ``contextlib.aclosing``.
+    """
+    settings = settings or SamplingSettings()
+    maximum_tokens = min(len(prompt_ids) + settings.max_new_tokens, model.maximum_tokens)
+    async with (
+        TextSession(client, model, maximum_tokens) as session,
+        aclosing(session.stream(prompt_ids, settings)) as pieces,  # type: ignore[type-var]
+    ):
+        async for piece in pieces:
+            yield piece
+
+
+class TokenChooser:
+    """Picks the tokens of one answer. All methods are torch work for the model's thread."""
+
+    def __init__(
+        self,
+        ends: ModelEnds,
+        settings: SamplingSettings,
+        prompt_ids: Sequence[int],
+        wire_dtype: DType,
+    ) -> None:
+        self._ends = ends
+        self._wire_dtype = wire_dtype
+        self._samples = settings.temperature > 0
+        self._processors = _logits_processors(settings)
+        self._generator = torch.Generator()
+        if settings.seed is not None:
+            self._generator.manual_seed(settings.seed)
+        elif self._samples:
+            self._generator.seed()
+        self._ids = torch.tensor([list(prompt_ids)])
+
+    def embed(self, token_ids: Sequence[int]) -> WireTensor:
+        """``[1, tokens, hidden]`` for the first hop."""
+        ids = torch.tensor([list(token_ids)], device=self._ends.device)
+        return tensor_to_wire(self._ends.embed(ids), self._wire_dtype)
+
+    @torch.inference_mode()
+    def choose(self, hidden: WireTensor) -> tuple[int, WireTensor]:
+        """The token after ``hidden`` ``[1, 1, hidden]``, and its embedding for the next step."""
+        activations = tensor_from_wire(hidden, self._ends.dtype, self._ends.device)
+        scores = self._ends.logits(activations)[:, -1].to("cpu", torch.float32)
+        scores = self._processors(self._ids, scores)
+        if self._samples:
+            probabilities = torch.softmax(scores, dim=-1)
+            chosen = torch.multinomial(probabilities, 1, generator=self._generator)
+        else:
+            chosen = scores.argmax(dim=-1, keepdim=True)
+        if self._processors:
+            self._ids = torch.cat([self._ids, chosen], dim=-1)
+        token_id = int(chosen)
+        return token_id, self.embed([token_id])
+
+
+def _logits_processors(settings: SamplingSettings) -> LogitsProcessorList:
+    processors = LogitsProcessorList()
+    if settings.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.temperature > 0:
+        if settings.temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(float(settings.temperature)))
+        if settings.top_k:
+            processors.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1.0:
+            processors.append(TopPLogitsWarper(settings.top_p))
+    return processors
+
+
+def _end_tokens(generation_config: GenerationConfig, tokenizer: Any) -> frozenset[int]:
+    declared = generation_config.eos_token_id
+    if declared is None:
+        declared = tokenizer.eos_token_id
+    if declared is None:
+        return frozenset()
+    return frozenset([declared] if isinstance(declared, int) else declared)

@@ -1,0 +1,425 @@
+"""Wires a node together and runs it: the only place that knows all of its parts.
+
+The life of ``swarm-node join``: the network starts and the checkpoint is opened at the same time;
+the blocks are chosen, announced as JOINING and loaded; the service answers peers and the
+announcement says ONLINE; Ctrl-C announces the leave, closes the sessions and ends.
+
+One ``asyncio.TaskGroup`` owns everything that runs meanwhile. Heavy imports happen in threads, so
+that the view lives while they last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from swarm.membership import Announcer, coverage, read_nodes
+from swarm.node.addresses import for_people, for_record, is_public
+from swarm.node.config import BlockSpan, NodeSettings, PeerSettings, SeedSettings
+from swarm.node.metrics import MetricsServer, NodeMetrics
+from swarm.node.neighbours import Neighbours
+from swarm.node.process import held_identity, leave_on_signals
+from swarm.node.service import NodeService, ServiceLimits
+from swarm.node.view import NodeStatus, RecentRate, View
+from swarm.protocol.errors import ConfigError, NetworkError, SwarmError
+from swarm.protocol.identity import Identity
+from swarm.protocol.records import NodeRecord, NodeState
+from swarm.protocol.version import MAXIMUM_VERSION, MINIMUM_VERSION, software_version
+from swarm.virtual_time import LoopClock
+
+if TYPE_CHECKING:
+    from swarm.hivemind_network import HivemindNetwork
+    from swarm.node.engine.engine import SpanEngine
+    from swarm.node.hosting import OpenedModel
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Left(Exception):
+    """The owner asked to leave while something was being prepared."""
+
+
+@dataclass
+class Board:
+    """What the view shows; each part of the start and of the run fills in what it knows."""
+
+    status: NodeStatus
+    metrics: NodeMetrics
+    engine: SpanEngine | None = None
+
+    def __post_init__(self) -> None:
+        self._started_s = time.monotonic()
+        self._rate = RecentRate()
+
+    def update(self, **changes: Any) -> None:
+        self.status = replace(self.status, **changes)
+
+    def snapshot(self) -> NodeStatus:
+        now_s = time.monotonic()
+        totals = self.metrics.totals
+        status = replace(
+            self.status,
+            uptime_s=now_s - self._started_s,
+            sessions=totals.sessions_open,
+            tokens=totals.tokens,
+            tokens_per_s=self._rate.update(now_s, totals.tokens),
+            refused=totals.refused,
+        )
+        if self.engine is None:
+            return status
+        load = self.engine.load
+        return replace(
+            status,
+            queued_steps=load.queued_steps,
+            cache_tokens_total=load.cache_tokens_total,
+            cache_tokens_used=load.cache_tokens_total - load.cache_tokens_free,
+        )
+
+
+Life = Callable[[Identity, Board, asyncio.Event], Awaitable[None]]
+
+
+async def run_node(settings: NodeSettings, view: View) -> None:
+    """Host blocks until SIGINT or SIGTERM. Raises SwarmErrors that say what to do."""
+    status = NodeStatus(display_name=settings.display_name, model=settings.model)
+
+    async def life(identity: Identity, board: Board, leaving: asyncio.Event) -> None:
+        await _Node(settings, view, identity, board, leaving).live()
+
+    await _run(settings, view, status, life)
+
+
+async def run_seed(settings: SeedSettings, view: View) -> None:
+    """Be a meeting point until SIGINT or SIGTERM. Raises SwarmErrors that say what to do."""
+
+    async def life(identity: Identity, board: Board, leaving: asyncio.Event) -> None:
+        async with AsyncExitStack() as stack:
+            network = await _unless_left(leaving, _start_network(settings))
+            stack.push_async_callback(network.close)
+            addresses = for_people(await network.addresses(), network.peer_id)
+            board.update(state="online", peer_id=network.peer_id, addresses=addresses)
+            view.ready(board.snapshot())
+            async with _guarded_by(network):
+                await leaving.wait()
+
+    await _run(settings, view, NodeStatus(display_name=settings.display_name), life)
+
+
+async def _run(settings: PeerSettings, view: View, status: NodeStatus, life: Life) -> None:
+    """What nodes and seeds share: key, signals, metrics, view, and one error instead of a group."""
+    leaving = asyncio.Event()
+    board = Board(status, NodeMetrics())
+    try:
+        async with AsyncExitStack() as stack:
+            identity = stack.enter_context(held_identity(settings.identity_file))
+            stack.enter_context(leave_on_signals(leaving))
+            if settings.metrics:
+                url = await stack.enter_async_context(_served_metrics(settings, board.metrics))
+                board.update(metrics_url=url)
+            async with asyncio.TaskGroup() as group:
+                watching = group.create_task(view.watch(board.snapshot))
+                await life(identity, board, leaving)
+                watching.cancel()
+    except BaseExceptionGroup as group_of_errors:
+        error = _only_error(group_of_errors)
+        if not isinstance(error, Left):
+            raise error from None
+    view.stopped()
+
+
+class _Node:
+    """The life of one node, in the order in which it happens."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        view: View,
+        identity: Identity,
+        board: Board,
+        leaving: asyncio.Event,
+    ) -> None:
+        self._settings = settings
+        self._view = view
+        self._identity = identity
+        self._board = board
+        self._leaving = leaving
+        self._clock = LoopClock()
+
+    async def live(self) -> None:
+        async with AsyncExitStack() as stack:
+            network, model = await self._unless_left(self._prepare(stack))
+            async with _guarded_by(network) as group:
+                checkpoint = model.checkpoint
+                replicas = await self._replicas(network, model)
+                span = _choose(model, self._settings, replicas)
+                self._board.update(
+                    state="loading",
+                    model=checkpoint.name,
+                    model_blocks=checkpoint.number_of_blocks,
+                    first_block=span.first_block,
+                    end_block=span.end_block,
+                    coverage=tuple(replicas),
+                )
+                announcer = await self._announcer(network, model, span)
+                announcing = group.create_task(announcer.run())
+                try:
+                    engine = await self._unless_left(self._load(model, span))
+                    stack.push_async_callback(engine.close)
+                    service = await self._serve(network, model, engine)
+                    stack.push_async_callback(service.close)
+                    announcer.update(_online(announcer.record, engine))
+                    self._board.update(state="online")
+                    self._view.ready(self._board.snapshot())
+                    refreshing = group.create_task(self._refresh(network, model, engine, announcer))
+                    await self._leaving.wait()
+                    refreshing.cancel()
+                    self._board.update(state="draining")
+                    service.stop_accepting()
+                finally:
+                    announcing.cancel()
+                    await asyncio.wait((announcing,))
+                    await announcer.leave()
+
+    async def _unless_left(self, work: Awaitable[T]) -> T:
+        return await _unless_left(self._leaving, work)
+
+    async def _prepare(self, stack: AsyncExitStack) -> tuple[HivemindNetwork, OpenedModel]:
+        """The network and the opened checkpoint, which take seconds each, at the same time."""
+        async with asyncio.TaskGroup() as group:
+            opening = group.create_task(asyncio.to_thread(_open, self._settings))
+            network = await _start_network(self._settings)
+            stack.push_async_callback(network.close)
+            addresses = for_people(await network.addresses(), network.peer_id)
+            self._board.update(state="joining", peer_id=network.peer_id, addresses=addresses)
+        return network, opening.result()
+
+    async def _replicas(self, network: HivemindNetwork, model: OpenedModel) -> list[int]:
+        """How many other nodes serve or will serve each block."""
+        checkpoint = model.checkpoint
+        records = await read_nodes(network, checkpoint.revision, self._clock)
+        others = [record for record in records if record.peer_id != network.peer_id]
+        states = (NodeState.ONLINE, NodeState.JOINING)
+        return coverage(others, checkpoint.number_of_blocks, states)
+
+    async def _announcer(
+        self, network: HivemindNetwork, model: OpenedModel, span: BlockSpan
+    ) -> Announcer:
+        addresses = await network.addresses()
+        checkpoint = model.checkpoint
+        record = NodeRecord(
+            peer_id=self._identity.peer_id,
+            model_name=checkpoint.name,
+            model_revision=checkpoint.revision,
+            number_of_blocks=checkpoint.number_of_blocks,
+            shards=1,
+            first_block=span.first_block,
+            end_block=span.end_block,
+            state=NodeState.JOINING,
+            dtype=model.wire_dtype,
+            minimum_version=MINIMUM_VERSION,
+            maximum_version=MAXIMUM_VERSION,
+            sequence=0,
+            expires_unix_s=0,
+            addresses=for_record(addresses),
+            reachable_directly=any(map(is_public, addresses)),
+            software=software_version(),
+            display_name=self._settings.display_name,
+        )
+        return Announcer(
+            self._identity,
+            network,
+            self._clock,
+            record,
+            hidden_size=checkpoint.hidden_size,
+            announce_period_s=self._settings.announce_period_s,
+        )
+
+    async def _load(self, model: OpenedModel, span: BlockSpan) -> SpanEngine:
+        def progress(loaded: int, total: int) -> None:
+            if self._leaving.is_set():
+                raise Left
+            self._board.update(loading_fraction=loaded / total)
+
+        engine = await asyncio.to_thread(_load, model, self._settings, span, progress)
+        description = {key: str(value) for key, value in engine.describe().items()}
+        self._board.engine = engine
+        self._board.update(loading_fraction=None, engine=_describe(description))
+        metrics = self._board.metrics
+        metrics.describe_engine(
+            {**description, "model": model.checkpoint.name, "software": software_version()}
+        )
+        metrics.watch_engine(engine)
+        engine.observe_batches(lambda report: metrics.batch_computed(report.steps))
+        return engine
+
+    async def _serve(
+        self, network: HivemindNetwork, model: OpenedModel, engine: SpanEngine
+    ) -> NodeService:
+        settings = self._settings
+        revision = model.checkpoint.revision
+        service = NodeService(
+            network,
+            engine,
+            model_revision=revision,
+            resolve=Neighbours(network, self._clock, revision).resolve,
+            observer=self._board.metrics,
+            clock=self._clock,
+            limits=ServiceLimits(
+                sessions=settings.max_sessions,
+                sessions_per_peer=settings.max_sessions_per_peer,
+                session_idle_s=settings.session_idle_s,
+                session_lifetime_s=settings.session_lifetime_s,
+            ),
+        )
+        await service.start()
+        return service
+
+    async def _refresh(
+        self,
+        network: HivemindNetwork,
+        model: OpenedModel,
+        engine: SpanEngine,
+        announcer: Announcer,
+    ) -> None:
+        """Keep the announced load and the shown coverage young."""
+        total = model.checkpoint.number_of_blocks
+        while True:
+            await asyncio.sleep(self._settings.announce_period_s / 2)
+            announcer.update(_online(announcer.record, engine))
+            try:
+                records = await read_nodes(network, model.checkpoint.revision, self._clock)
+            except NetworkError as error:
+                log.info("the directory does not answer: %s", error)
+                continue
+            self._board.update(coverage=tuple(coverage(records, total)))
+
+
+# --- parts of the start --------------------------------------------------------------------------
+async def _start_network(settings: PeerSettings) -> HivemindNetwork:
+    module = await asyncio.to_thread(importlib.import_module, "swarm.hivemind_network")
+    seed = isinstance(settings, SeedSettings) and settings.relay
+    relays = settings.relays or settings.peers if isinstance(settings, NodeSettings) else ()
+    use_relay = settings.use_relay if isinstance(settings, NodeSettings) else seed
+    network: HivemindNetwork = await module.HivemindNetwork.create(
+        settings.identity_file,
+        module.NetworkSettings(
+            listen_addresses=settings.listen_addresses,
+            initial_peers=settings.peers,
+            announce_addresses=settings.announce_addresses,
+            use_relay=use_relay,
+            use_auto_relay=use_relay and bool(relays),
+            trusted_relays=relays if use_relay else (),
+            # Relays of peers that are not sure of their reachability break after 128 KiB.
+            reachability="public" if seed else "detect",
+        ),
+    )
+    return network
+
+
+def _open(settings: NodeSettings) -> OpenedModel:
+    from swarm.node.hosting import open_model
+
+    model = open_model(settings)
+    _ = model.checkpoint.revision  # reads the disk: here, not on the event loop
+    return model
+
+
+def _choose(model: OpenedModel, settings: NodeSettings, replicas: list[int]) -> BlockSpan:
+    from swarm.node.hosting import choose_blocks
+
+    return choose_blocks(model, settings, replicas)
+
+
+def _load(
+    model: OpenedModel,
+    settings: NodeSettings,
+    span: BlockSpan,
+    progress: Callable[[int, int], None],
+) -> SpanEngine:
+    from swarm.node.hosting import load_blocks
+
+    return load_blocks(model, settings, span, progress)
+
+
+def _online(record: NodeRecord, engine: SpanEngine) -> NodeRecord:
+    """The record with the state ONLINE and the engine's speed and load."""
+    load = engine.load
+    return replace(
+        record,
+        state=NodeState.ONLINE,
+        decode_tokens_per_s=int(engine.decode_tokens_per_s),
+        prefill_tokens_per_s=int(engine.prefill_tokens_per_s),
+        cache_tokens_total=load.cache_tokens_total,
+        cache_tokens_free=load.cache_tokens_free,
+        queued_steps=load.queued_steps,
+    )
+
+
+def _describe(engine: dict[str, str]) -> str:
+    packed = f", {engine['packed_linears']} packed linears" if engine["packed_linears"] else ""
+    return f"{engine['device']}, {engine['dtype']}, {engine['threads']} threads{packed}"
+
+
+# --- owners of what runs -------------------------------------------------------------------------
+@asynccontextmanager
+async def _guarded_by(network: HivemindNetwork) -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group that ends with NetworkError when the network daemon dies."""
+
+    async def guard() -> None:
+        await network.wait_failed()
+        raise NetworkError("the network daemon (p2pd) has ended; start the node again")
+
+    async with asyncio.TaskGroup() as group:
+        guarding = group.create_task(guard())
+        yield group
+        guarding.cancel()
+
+
+@asynccontextmanager
+async def _served_metrics(settings: PeerSettings, metrics: NodeMetrics) -> AsyncIterator[str]:
+    try:
+        server = MetricsServer(metrics.registry, settings.metrics_port)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot serve metrics on port {settings.metrics_port}: {error.strerror}; "
+            "choose another with --metrics-port, or --no-metrics"
+        ) from None
+    try:
+        yield server.url
+    finally:
+        await asyncio.to_thread(server.close)
+
+
+async def _unless_left(leaving: asyncio.Event, work: Awaitable[T]) -> T:
+    """The result of ``work``; when the owner leaves before, it is cancelled and Left raised."""
+    working = asyncio.ensure_future(work)
+    waiting = asyncio.ensure_future(leaving.wait())
+    try:
+        await asyncio.wait((working, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise Left
+    finally:
+        waiting.cancel()
+        working.cancel()
+        await asyncio.gather(working, waiting, return_exceptions=True)
+
+
+def _only_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What the owner is told of several errors: a bug as it is, else the first of ours."""
+    _, bugs = errors.split((Left, SwarmError))
+    if bugs is not None:
+        return bugs
+    _, ours = errors.split(Left)
+    error: BaseException = ours or errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

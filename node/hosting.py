@@ -1,0 +1,100 @@
+"""What of a model this computer hosts: opens the checkpoint, counts memory, chooses the blocks.
+
+Importing this loads torch and transformers, which takes seconds: ``app`` does it in a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from swarm.catalogue.checkpoint import Checkpoint
+from swarm.catalogue.resolve import resolve_checkpoint
+from swarm.compute.devices import choose_device, choose_dtype, dtype_name
+from swarm.node.config import BlockSpan, NodeSettings
+from swarm.node.engine import capacity
+from swarm.node.engine.engine import SpanEngine, load_engine_blocking
+from swarm.node.engine.span_loader import Progress
+from swarm.protocol.errors import CapacityError, ConfigError
+from swarm.protocol.tensors import DType
+from swarm.routing import weakest_span
+
+MINIMUM_CACHE_BYTES = 64 * 1024**2
+MIB = 1024**2
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint, and on what and with how much memory this node computes it."""
+
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    usable_bytes: int
+    """For weights and caches together."""
+
+    @property
+    def wire_dtype(self) -> DType:
+        """The dtype as it is announced."""
+        return DType[dtype_name(self.dtype).upper()]
+
+    def weight_bytes(self, span: BlockSpan) -> int:
+        name = dtype_name(self.dtype)
+        blocks = range(span.first_block, span.end_block)
+        return sum(self.checkpoint.block_bytes(block, name) for block in blocks)
+
+
+def open_model(settings: NodeSettings) -> OpenedModel:
+    """Find and open the checkpoint; reads headers only, may download. Raises UsageErrors."""
+    checkpoint = Checkpoint.open(resolve_checkpoint(settings.model))
+    device = choose_device(settings.device)
+    usable_bytes = settings.memory_bytes or capacity.usable_memory_bytes(device)
+    return OpenedModel(checkpoint, device, choose_dtype(settings.dtype, device), usable_bytes)
+
+
+def choose_blocks(model: OpenedModel, settings: NodeSettings, replicas: Sequence[int]) -> BlockSpan:
+    """The blocks to host, given how many nodes host each block ``[number_of_blocks]``.
+
+    Raises CapacityError when they do not fit, ConfigError when the model has no such blocks.
+    """
+    total = model.checkpoint.number_of_blocks
+    if settings.blocks is not None:
+        span = settings.blocks
+        if span.end_block > total:
+            raise ConfigError(f"blocks {span}: the model has blocks 0:{total}")
+    else:
+        wanted = settings.number_of_blocks
+        if wanted is not None and wanted > total:
+            raise ConfigError(f"{wanted} blocks: the model has {total}")
+        fitting = capacity.blocks_that_fit(model.checkpoint, model.dtype, model.usable_bytes)
+        span = BlockSpan(*weakest_span(replicas, max(1, wanted or fitting)))
+    needed_bytes = model.weight_bytes(span) + MINIMUM_CACHE_BYTES
+    if needed_bytes > model.usable_bytes:
+        raise CapacityError(
+            f"blocks {span} need {needed_bytes // MIB} MiB with a small cache, "
+            f"{model.usable_bytes // MIB} MiB may be used: host fewer blocks, "
+            "use --dtype bfloat16, or allow more with --memory"
+        )
+    return span
+
+
+def load_blocks(
+    model: OpenedModel, settings: NodeSettings, span: BlockSpan, progress: Progress
+) -> SpanEngine:
+    """Load the weights; takes seconds to minutes. ``progress`` may raise to give up."""
+    cache_bytes = None
+    if settings.memory_bytes is not None:
+        cache_bytes = model.usable_bytes - model.weight_bytes(span)
+    return load_engine_blocking(
+        model.checkpoint,
+        span.first_block,
+        span.end_block,
+        device=str(model.device),
+        dtype=dtype_name(model.dtype),
+        cache_bytes=cache_bytes,
+        cache_tokens=settings.cache_tokens,
+        threads=settings.threads,
+        progress=progress,
+    )

@@ -1,0 +1,227 @@
+"""A process of the benchmark that generates: with local transformers, or as a client of a swarm.
+
+    python -m scripts.bench.worker local MODEL DTYPE
+    python -m scripts.bench.worker swarm MODEL DTYPE PEER
+
+It reads one JSON command per line and answers each with one line. ``{"prompt": 16, "new": 64,
+"sessions": 1}`` makes ``sessions`` concurrent greedy generations of exactly ``new`` tokens from
+random prompts of ``prompt`` tokens; the answer holds, for each, ``first_s`` (time to first token)
+and ``decode_s`` (from the first token to the last), and ``total_s``, the time of all together. One
+session goes through ``generate``, which is the same code for both kinds but for the model; more go
+through the client's asynchronous API.
+
+``Worker`` is the other end, in the benchmark's process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from scripts.local_swarm import LOOPBACK, Place, compute_environment
+from scripts.process_keeper import KeptProcess
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FIRST_PLAIN_TOKEN = 100  # ids below are often special
+
+
+class WorkerError(Exception):
+    """A worker ended or refused; its log says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What one command measured. ``first_s`` and ``decode_s`` have one entry per session."""
+
+    new_tokens: int
+    first_s: tuple[float, ...]
+    decode_s: tuple[float, ...]
+    total_s: float
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens per second of one session after its first token, the mean over the sessions."""
+        seconds = sum(self.decode_s) / len(self.decode_s)
+        return (self.new_tokens - 1) / seconds
+
+    @property
+    def aggregate_rate(self) -> float:
+        """Tokens per second of all sessions together, from the first to the last of all."""
+        return len(self.first_s) * self.new_tokens / self.total_s
+
+
+class Worker:
+    """A worker process. Entering the ``with`` block waits until its model is loaded."""
+
+    def __init__(
+        self,
+        kind: str,
+        model: Path,
+        dtype: str,
+        *,
+        threads: int,
+        log: Path,
+        peer: str | None = None,
+        place: Place = LOOPBACK,
+    ) -> None:
+        self._command = [*place.command_prefix, sys.executable, "-m", "scripts.bench.worker"]
+        self._command += [kind, str(model), dtype, *([peer] if peer is not None else [])]
+        self._threads = threads
+        self._log = log
+        self._resources = ExitStack()
+
+    def __enter__(self) -> Worker:
+        log = self._resources.enter_context(self._log.open("wb"))
+        self._process = self._resources.enter_context(
+            KeptProcess(
+                self._command,
+                environment=os.environ
+                | compute_environment(self._threads)
+                | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+                folder=REPOSITORY,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        )
+        try:
+            self._answer()
+        except BaseException:
+            self._resources.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._resources.close()
+
+    def generate(self, prompt_tokens: int, new_tokens: int, sessions: int = 1) -> Generation:
+        """Have it generate; blocks until it is done. Raises WorkerError."""
+        stdin = self._process.stdin
+        if stdin is None:
+            raise WorkerError("the worker has not started")
+        command = {"prompt": prompt_tokens, "new": new_tokens, "sessions": sessions}
+        stdin.write(json.dumps(command).encode() + b"\n")
+        stdin.flush()
+        answer = self._answer()
+        return Generation(
+            new_tokens, tuple(answer["first_s"]), tuple(answer["decode_s"]), answer["total_s"]
+        )
+
+    def _answer(self) -> dict[str, Any]:
+        stdout = self._process.stdout
+        line = stdout.readline() if stdout is not None else b""
+        if not line:
+            last_words = self._log.read_text(errors="replace").splitlines()[-15:]
+            raise WorkerError("\n  ".join(["a benchmark process ended", *last_words]))
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+class TokenTimes:
+    """A streamer for ``generate`` that notes when each token comes."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+        self._prompt_seen = False
+
+    def put(self, value: object) -> None:
+        """Called once with the prompt and then with each token."""
+        if self._prompt_seen:
+            self.times_s.append(time.monotonic())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Nothing to flush."""
+
+
+def random_prompt(vocabulary: int, tokens: int, number: int) -> list[int]:
+    """Token ids that are the same in every process for the same arguments."""
+    import random
+
+    source = random.Random(f"{vocabulary}/{tokens}/{number}")
+    return [source.randrange(FIRST_PLAIN_TOKEN, vocabulary) for _ in range(tokens)]
+
+
+def generate_alone(model: Any, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """One greedy generation through transformers' ``generate``."""
+    import torch
+
+    prompt = torch.tensor([random_prompt(model.config.vocab_size, prompt_tokens, 0)])
+    times = TokenTimes()
+    started_s = time.monotonic()
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        streamer=times,
+    )
+    return _measured(started_s, [times.times_s])
+
+
+async def generate_together(
+    model: Any, prompt_tokens: int, new_tokens: int, sessions: int
+) -> dict[str, Any]:
+    """Concurrent greedy generations through the client's asynchronous API."""
+    raise NotImplementedError
+
+
+def _measured(started_s: float, times_s: Sequence[Sequence[float]]) -> dict[str, Any]:
+    return {
+        "first_s": [times[0] - started_s for times in times_s],
+        "decode_s": [times[-1] - times[0] for times in times_s],
+        "total_s": max(times[-1] for times in times_s) - started_s,
+    }
+
+
+def serve(model: Any, answers: TextIO) -> None:
+    """Answer commands until standard input ends."""
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        prompt, new, sessions = command["prompt"], command["new"], command["sessions"]
+        if sessions == 1:
+            answer = generate_alone(model, prompt, new)
+        else:
+            answer = asyncio.run(generate_together(model, prompt, new, sessions))
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """See the module's docstring."""
+    # What libraries print must not mix with the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    import torch
+
+    kind, path, dtype, *peers = arguments
+    with torch.inference_mode():
+        if kind == "local":
+            from transformers import AutoModelForCausalLM
+
+            serve(AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)), answers)
+        else:
+            from swarm.client import SwarmModelForCausalLM
+
+            with SwarmModelForCausalLM.from_swarm(path, peers=peers, dtype=dtype) as model:
+                serve(model, answers)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
