@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from swarm.client.app import SwarmClient
+    from swarm.client.cache import SwarmCache
     from swarm.client.config import ClientSettings
     from swarm.client.generate import (
         GenerationResult,
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
         TextSession,
         stream_generate,
     )
-    from swarm.client.model import SwarmCache, SwarmModelForCausalLM
+    from swarm.client.model import SwarmModelForCausalLM
 
 __all__ = [
     "ClientSettings",
@@ -40,7 +41,7 @@ _HOMES = {
     "GenerationResult": "generate",
     "LocalModel": "generate",
     "SamplingSettings": "generate",
-    "SwarmCache": "model",
+    "SwarmCache": "cache",
     "SwarmClient": "app",
     "SwarmModelForCausalLM": "model",
     "TextPiece": "generate",

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
@@ -29,8 +30,7 @@ class BackgroundLoop:
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
         # A weak reference: a loop that nobody holds any more is not kept alive until exit.
-        reference = weakref.ref(self)
-        self._at_exit = lambda: (loop := reference()) and loop.close()
+        self._at_exit = partial(_close_if_alive, weakref.ref(self))
         atexit.register(self._at_exit)
 
     @property
@@ -76,6 +76,12 @@ class BackgroundLoop:
         self._thread.join(CANCEL_GRACE_S)
         if not self._thread.is_alive():
             self._loop.close()
+
+
+def _close_if_alive(reference: weakref.ref[BackgroundLoop]) -> None:
+    background = reference()
+    if background is not None:
+        background.close()
 
 
 class _Call(Generic[Result]):

@@ -32,7 +32,7 @@ class SwarmCache(Cache):  # type: ignore[misc]
     def __init__(
         self, blocks: RemoteBlocks, background: BackgroundLoop, maximum_tokens: int | None = None
     ) -> None:
-        """``maximum_tokens`` is what the nodes reserve for each row; None leaves it to ``generate``."""
+        """``maximum_tokens`` is what nodes reserve for each row; None leaves it to ``generate``."""
         super().__init__(layers=[])
         self._maximum_tokens = maximum_tokens
         self._length = 0
@@ -43,7 +43,7 @@ class SwarmCache(Cache):  # type: ignore[misc]
         self._finalizer = weakref.finalize(self, self._session.abandon)
         self._finalizer.atexit = False
 
-    # --- what the model uses -----------------------------------------------------------------------
+    # --- what the model uses ----------------------------------------------------------------------
     @property
     def plan(self) -> ChainPlan | None:
         """The hops that serve this session; None before the first pass."""
@@ -60,13 +60,13 @@ class SwarmCache(Cache):  # type: ignore[misc]
         return self._left_padding
 
     def reserve(self, maximum_tokens: int) -> None:
-        """Make sure that ``maximum_tokens`` per row will fit. Raises UsageError when they cannot."""
+        """Make sure that ``maximum_tokens`` per row will fit. Raises UsageError."""
         if self._maximum_tokens is None:
             self._maximum_tokens = maximum_tokens
         elif maximum_tokens > self._maximum_tokens:
             raise UsageError(
                 f"this call may need {maximum_tokens} tokens, but the cache was made for "
-                f"{self._maximum_tokens}; make a larger one with model.new_cache(maximum_tokens=...)"
+                f"{self._maximum_tokens}; make a larger one: model.new_cache(maximum_tokens=...)"
             )
 
     def start(self, rows: int, left_padding: tuple[int, ...]) -> None:
@@ -115,7 +115,7 @@ class SwarmCache(Cache):  # type: ignore[misc]
     ) -> None:
         self.close()
 
-    # --- what transformers uses --------------------------------------------------------------------
+    # --- what transformers uses -------------------------------------------------------------------
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens in the cache, padding included."""
         return self._length

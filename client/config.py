@@ -28,13 +28,13 @@ class ClientSettings:
     identity_path: Path | None = None
     """Key file of this client; None makes a fresh identity for each process."""
     dtype: str = "auto"
-    """Precision of embeddings and head, and of activations on the wire; auto follows the checkpoint."""
+    """Precision of embeddings, head, wire and nodes; auto takes what is fast and any node."""
     connect_timeout_s: float = 20.0
     """How long joining the swarm may take."""
     open_timeout_s: float = 30.0
     """How long opening a chain may take, asking all hops for room included."""
     step_timeout_s: float = 120.0
-    """How long one step (a token, or one piece of a long prompt) may take through the whole chain."""
+    """How long one step (a token, or a whole prompt) may take through the chain."""
 
     def __post_init__(self) -> None:
         if not self.peers:

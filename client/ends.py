@@ -72,7 +72,7 @@ class ModelEnds(nn.Module):
     def from_tensors(
         cls, config: PretrainedConfig, tensors: dict[str, torch.Tensor], *, dtype: torch.dtype
     ) -> ModelEnds:
-        """Build from tensors under the names that the family uses (``model.embed_tokens.weight``)."""
+        """Build from tensors under the family's own names (``model.embed_tokens.weight``)."""
         hollow_config = copy.deepcopy(config)
         hollow_config.num_hidden_layers = 0
         if getattr(hollow_config, "layer_types", None) is not None:
@@ -161,7 +161,8 @@ def read_tensors(checkpoint: Checkpoint, config: PretrainedConfig) -> dict[str, 
 def read_tensor(checkpoint: Checkpoint, info: TensorInfo) -> torch.Tensor:
     """One tensor as stored, read straight into its own memory."""
     tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
-    checkpoint.read_into(info, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+    view: Any = tensor.view(-1).view(torch.uint8).numpy()
+    checkpoint.read_into(info, memoryview(view))
     return tensor
 
 

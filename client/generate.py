@@ -231,11 +231,12 @@ class TextSession:
         texts: list[str] = []
         started_s = first_s = time.perf_counter()
         start = self._cached_beginning(prompt_ids)
-        passes_before = self._chain.passes if self._chain is not None else 0
         pending = list(prompt_ids[start:])
         activations = await self._model.compute(partial(chooser.embed, pending))
+        chain = await self._open()
+        passes_before = chain.passes
         while True:
-            hidden = await self._step(activations, start, pending)
+            hidden = await self._step(chain, activations, start, pending)
             token_id, activations = await self._model.compute(partial(chooser.choose, hidden))
             start += len(pending)
             pending = [token_id]
@@ -251,7 +252,6 @@ class TextSession:
             yield TextPiece(text, (token_id,))
         texts.append(text)
         decode_s = time.perf_counter() - first_s
-        assert self._chain is not None
         yield TextPiece(
             text,
             (token_id,),
@@ -262,8 +262,8 @@ class TextSession:
                 prompt_tokens=len(prompt_ids),
                 time_to_first_token_s=first_s - started_s,
                 tokens_per_s=(len(new_ids) - 1) / decode_s if len(new_ids) > 1 else 0.0,
-                chain_passes=self._chain.passes - passes_before,
-                plan=self._chain.plan,
+                chain_passes=chain.passes - passes_before,
+                plan=chain.plan,
             ),
         )
 
@@ -280,13 +280,16 @@ class TextSession:
             shared += 1
         return shared
 
-    async def _step(self, activations: WireTensor, position: int, ids: list[int]) -> WireTensor:
+    async def _open(self) -> RemoteChain:
+        if self._chain is None:
+            self._chain = await self._blocks.open_chain(rows=1, maximum_tokens=self._maximum_tokens)
+        return self._chain
+
+    async def _step(
+        self, chain: RemoteChain, activations: WireTensor, position: int, ids: list[int]
+    ) -> WireTensor:
         try:
-            if self._chain is None:
-                self._chain = await self._blocks.open_chain(
-                    rows=1, maximum_tokens=self._maximum_tokens
-                )
-            hidden = await self._chain.step(activations, position, output_tokens=1)
+            hidden = await chain.step(activations, position, output_tokens=1)
         except BaseException:
             # Failed or cancelled on the way: what the hops have cached is not known any more.
             await self.close()

@@ -99,7 +99,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             generation_config=read_generation_config(checkpoint, ends.config),
         )
 
-    # --- sessions ----------------------------------------------------------------------------------
+    # --- sessions ---------------------------------------------------------------------------------
     def new_cache(self, maximum_tokens: int | None = None) -> SwarmCache:
         """A session that outlives a ``generate`` call, for answers that build on each other.
 
@@ -132,9 +132,9 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     ) -> None:
         self.close()
 
-    # --- transformers ------------------------------------------------------------------------------
+    # --- transformers -----------------------------------------------------------------------------
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``generate``; the session on the nodes is freed when it ends, in any way."""
+        """transformers' ``generate``; the session on the nodes is freed when it ends, anyhow."""
         if kwargs.get("past_key_values") is not None:
             return super().generate(*args, **kwargs)
         with self.new_cache() as cache:
@@ -181,8 +181,6 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         """
         if ignored.get("labels") is not None:
             raise UsageError("this model has no gradients and computes no loss")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UsageError("give either input_ids or inputs_embeds")
         if past_key_values is None:
             with self.new_cache() as cache:
                 output = self.forward(
@@ -195,7 +193,9 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
                 )
                 output.past_key_values = None
                 return output
-        embedded = self.ends.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        embedded = inputs_embeds if input_ids is None else self.ends.embed(input_ids)
+        if embedded is None or (input_ids is not None and inputs_embeds is not None):
+            raise UsageError("give either input_ids or inputs_embeds")
         rows, tokens, _ = embedded.shape
         position = past_key_values.get_seq_length()
         if position == 0:

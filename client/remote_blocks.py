@@ -1,6 +1,6 @@
 """The decoder blocks of one model as a client sees them: far away, behind chains.
 
-Both faces of the client open their sessions here: ``model`` (transformers) and ``generate`` (async).
+Both faces of the client open sessions here: ``model`` (transformers) and ``generate`` (async).
 """
 
 from __future__ import annotations

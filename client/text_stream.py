@@ -10,7 +10,7 @@ CONTEXT_TOKENS = 6
 """Tokens before the new ones that are decoded along with them: spacing depends on neighbours."""
 
 MAXIMUM_HELD_TOKENS = 16
-"""After so many tokens an unfinished character is taken to be broken for good, and shown as such."""
+"""After so many tokens an unfinished character is taken to be broken, and shown as such."""
 
 
 class IncrementalDetokenizer:

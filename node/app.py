@@ -14,7 +14,7 @@ import asyncio
 import importlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+ANNOUNCE_TIMEOUT_S = 10.0
 
 
 class Left(Exception):
@@ -176,7 +178,8 @@ class _Node:
                     service = await self._serve(network, model, engine)
                     stack.push_async_callback(service.close)
                     announcer.update(_online(announcer.record, engine))
-                    self._board.update(state="online")
+                    await self._unless_left(_announced(announcer))
+                    self._board.update(state="online", coverage=_with_own(replicas, span))
                     self._view.ready(self._board.snapshot())
                     refreshing = group.create_task(self._refresh(network, model, engine, announcer))
                     await self._leaving.wait()
@@ -361,6 +364,20 @@ def _online(record: NodeRecord, engine: SpanEngine) -> NodeRecord:
         cache_tokens_free=load.cache_tokens_free,
         queued_steps=load.queued_steps,
     )
+
+
+async def _announced(announcer: Announcer) -> None:
+    """Wait until others can find us, but not forever: the announcer goes on trying."""
+    try:
+        async with asyncio.timeout(ANNOUNCE_TIMEOUT_S):
+            await announcer.announced()
+    except TimeoutError:
+        log.warning("no peer has taken our announcement yet")
+
+
+def _with_own(replicas: Sequence[int], span: BlockSpan) -> tuple[int, ...]:
+    own = range(span.first_block, span.end_block)
+    return tuple(count + (block in own) for block, count in enumerate(replicas))
 
 
 def _describe(engine: dict[str, str]) -> str:

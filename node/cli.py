@@ -3,7 +3,8 @@
 Heavy packages are imported inside the commands, so that ``--help`` answers at once.
 
 Exit codes: 0 left cleanly, 1 doctor found a failure or a bug ended the node, 2 wrong usage or
-settings, 3 the blocks cannot be served (checkpoint, memory), 4 the network cannot be used, 130 a second Ctrl-C.
+settings, 3 the blocks cannot be served (checkpoint, memory), 4 the network cannot be used, 130 left
+at once by a second Ctrl-C.
 """
 
 from __future__ import annotations

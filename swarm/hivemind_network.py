@@ -54,6 +54,15 @@ WRITE_CHUNK_BYTES = 256 * 1024
 CLOSE_TIMEOUT_S = 1.0
 DAEMON_STOP_TIMEOUT_S = 5.0
 RPC_TIMEOUT_S = 3.0
+OWN_SESSION = """
+import ctypes, os, signal, sys
+os.setsid()
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Starts p2pd out of reach of the terminal's Ctrl-C, which would end it before we could say that we
+leave; where the kernel can do it, p2pd ends with us, even when we are killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -546,6 +555,11 @@ async def _start_daemon(identity_path: Path, settings: NetworkSettings) -> P2P:
         def __init__(self) -> None:
             super().__init__()
             started.append(self)
+
+        @staticmethod
+        def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
+            command: list[str] = P2P._make_process_args(*arguments, **options)  # noqa: SLF001
+            return [sys.executable, "-I", "-S", "-c", OWN_SESSION, *command]
 
     try:
         return await Daemon.create(

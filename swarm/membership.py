@@ -92,6 +92,7 @@ class Announcer:
         self._last_sequence = 0
         self._last_expiry_unix_s = 0
         self._changed = asyncio.Event()
+        self._up_to_date = asyncio.Event()
 
     @property
     def record(self) -> NodeRecord:
@@ -107,6 +108,11 @@ class Announcer:
             record.end_block,
         ):
             self._changed.set()
+            self._up_to_date.clear()
+
+    async def announced(self) -> None:
+        """Wait until the directory has taken the latest state and span; ``run`` must be running."""
+        await self._up_to_date.wait()
 
     async def run(self) -> None:
         """Announce until cancelled. Network errors are logged and tried again, never raised."""
@@ -117,6 +123,8 @@ class Announcer:
             except NetworkError as error:
                 logger.warning("could not announce: %s", error)
                 taken = False
+            if taken and not self._changed.is_set():
+                self._up_to_date.set()
             pause_s = self._period_s if taken else min(self._period_s, RETRY_S)
             await self._clock.sleep(min(SHORTEST_PAUSE_S, pause_s))
             with contextlib.suppress(TimeoutError):

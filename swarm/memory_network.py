@@ -31,7 +31,7 @@ from swarm.virtual_time import LoopClock
 logger = logging.getLogger(__name__)
 
 PACKET_BYTES = 64 * 1024
-"""A link sends at most this much of one stream before it looks at the others."""
+"""Streams are cut into packets of at most this size; a link sends them first come, first served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,9 @@ class MemorySettings:
     give_up_after_s: float = 30.0
     """A stream over a cut link breaks after this."""
     directory_replicas: int = 5
+    directory_reads: int = 20
+    """So many peers, the nearest to the key, are asked for entries; more than keep them, since
+    peers that joined in the meantime may be nearer."""
 
 
 class MemoryNetwork:
@@ -148,14 +151,13 @@ class MemoryNetwork:
             return 0.0
         return self.link(one, other).delay_s(0) + self.link(other, one).delay_s(0)
 
-    def replicas(self, key: str, asking: MemoryPeer) -> list[MemoryPeer]:
-        """The peers that keep ``key``, as far as ``asking`` can reach them; the nearest first."""
+    def nearest(self, key: str, asking: MemoryPeer) -> list[MemoryPeer]:
+        """The peers that ``asking`` can reach, those nearest to ``key`` first."""
         place = _place(key)
         reachable = (
             peer for peer in self._peers.values() if not self.is_cut(asking.peer_id, peer.peer_id)
         )
-        ordered = sorted(reachable, key=lambda peer: peer.place ^ place)
-        return ordered[: self.settings.directory_replicas]
+        return sorted(reachable, key=lambda peer: peer.place ^ place)
 
 
 def _place(text: str) -> int:
@@ -397,14 +399,16 @@ class MemoryPeer:
     async def store(self, key: str, value: bytes, expires_unix_s: float) -> bool:
         network = self._network
         entry = DirectoryEntry(value, expires_unix_s)
-        replicas = network.replicas(key, self) if self._alive else []
+        nearest = network.nearest(key, self) if self._alive else []
+        replicas = nearest[: network.settings.directory_replicas]
         await self._ask(replicas)
         network.record(f"store {self.index}")
         return any([replica.keep(key, self._peer_id, entry) for replica in replicas])  # noqa: C419
 
     async def get(self, key: str) -> Mapping[PeerId, DirectoryEntry]:
         network = self._network
-        replicas = network.replicas(key, self) if self._alive else []
+        nearest = network.nearest(key, self) if self._alive else []
+        replicas = nearest[: network.settings.directory_reads]
         await self._ask(replicas)
         network.record(f"get {self.index}")
         found: dict[PeerId, DirectoryEntry] = {}

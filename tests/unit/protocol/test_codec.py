@@ -130,6 +130,12 @@ def test_unknown_fields_are_ignored() -> None:
     assert codec.decode(prefix, header, b"") == messages.Ping(nonce=5)
 
 
+def test_unknown_fields_may_be_nested_a_little() -> None:
+    header = b"\x82\x01\x05\x63" + b"\x91" * 8 + b"\x00"
+    prefix = codec.FramePrefix(messages.Ping.TAG, len(header), 0)
+    assert codec.decode(prefix, header, b"") == messages.Ping(nonce=5)
+
+
 def test_tags_and_field_numbers_are_unique() -> None:
     tags = [kind.TAG for kind in messages.MESSAGE_TYPES]
     assert len(set(tags)) == len(tags)
