@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from swarm.client.app import SwarmClient
     from swarm.client.cache import SwarmCache
-    from swarm.client.config import ClientSettings
+    from swarm.client.config import ClientSettings, SamplingSettings
     from swarm.client.generate import (
         GenerationResult,
         LocalModel,
-        SamplingSettings,
         TextPiece,
         TextSession,
         stream_generate,
@@ -40,7 +39,7 @@ _HOMES = {
     "ClientSettings": "config",
     "GenerationResult": "generate",
     "LocalModel": "generate",
-    "SamplingSettings": "generate",
+    "SamplingSettings": "config",
     "SwarmCache": "cache",
     "SwarmClient": "app",
     "SwarmModelForCausalLM": "model",

@@ -1,4 +1,4 @@
-"""Settings of a client, read from a TOML file, the environment and flags; flags win.
+"""Settings of a client (file, environment, flags; flags win) and of one answer.
 
 Reading is pure: the caller passes the environment in. Nothing is read on import.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from swarm.protocol.errors import ConfigError
+from swarm.protocol.errors import ConfigError, UsageError
 
 PEERS_VARIABLE = "SWARM_PEERS"
 """Environment variable with peer addresses, separated by commas or white space."""
@@ -53,6 +53,34 @@ class ClientSettings:
         for name in ("connect_timeout_s", "open_timeout_s", "step_timeout_s"):
             if not 0 < getattr(self, name) <= 24 * 3600:
                 raise ConfigError(f"{name} must be above 0 and at most a day")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSettings:
+    """How the next token is chosen, and when to stop."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0 is all of them."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together have this probability."""
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
+
+    def __post_init__(self) -> None:
+        for is_right, text in (
+            (self.max_new_tokens >= 1, "max_new_tokens must be at least 1"),
+            (0 <= self.temperature <= 100, "temperature must be between 0 and 100"),
+            (self.top_k >= 0, "top_k must be 0 or more"),
+            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
+            (0 < self.repetition_penalty <= 100, "repetition_penalty must be above 0"),
+        ):
+            if not is_right:
+                raise UsageError(text)
 
 
 def split_addresses(text: str) -> tuple[str, ...]:

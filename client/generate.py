@@ -32,6 +32,7 @@ from transformers.generation import (
 )
 
 from swarm.catalogue.checkpoint import Checkpoint, resolve_checkpoint
+from swarm.client.config import SamplingSettings
 from swarm.client.ends import ModelEnds, read_generation_config, remote_blocks
 from swarm.client.remote_blocks import ChainOpener, RemoteBlocks, RemoteChain
 from swarm.client.text_stream import IncrementalDetokenizer, StopStrings
@@ -41,34 +42,6 @@ from swarm.protocol.tensors import DType, WireTensor
 from swarm.routing import ChainPlan
 
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingSettings:
-    """How the next token is chosen, and when to stop."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    """0 takes the most likely token."""
-    top_k: int = 0
-    """Only the k most likely tokens; 0 is all of them."""
-    top_p: float = 1.0
-    """Only the most likely tokens that together have this probability."""
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    """Strings that end the text; they are not part of it."""
-
-    def __post_init__(self) -> None:
-        for is_right, text in (
-            (self.max_new_tokens >= 1, "max_new_tokens must be at least 1"),
-            (0 <= self.temperature <= 100, "temperature must be between 0 and 100"),
-            (self.top_k >= 0, "top_k must be 0 or more"),
-            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
-            (0 < self.repetition_penalty <= 100, "repetition_penalty must be above 0"),
-        ):
-            if not is_right:
-                raise UsageError(text)
 
 
 @dataclass(frozen=True, slots=True)

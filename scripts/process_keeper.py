@@ -11,6 +11,7 @@ This file is both: the library, and, run by its path, the keeper.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import selectors
@@ -148,13 +149,10 @@ def _descendants(root: int) -> list[int]:
     return found
 
 
-def _signal_group(process: int, number: signal.Signals) -> None:
-    try:
-        os.killpg(process, number)
-    except ProcessLookupError:
-        pass
-    except PermissionError:
-        os.kill(process, number)
+def _kill_group(group: int) -> None:
+    """Where there is no /proc this is what reaches the command's own children."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or zombies only
+        os.killpg(group, signal.SIGKILL)
 
 
 def _kill_everything_below() -> None:
@@ -163,10 +161,8 @@ def _kill_everything_below() -> None:
         if not below:
             return
         for process in below:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         _reap_orphans()
 
 
@@ -209,12 +205,11 @@ def keep(control: int, grace_s: float, command: Sequence[str]) -> int:
                     deadline = time.monotonic()
                 else:
                     selector.unregister(control)
-                    _signal_group(child.pid, signal.SIGTERM)
+                    # Only the command itself: it may need its daemons to say goodbye.
+                    child.send_signal(signal.SIGTERM)
                     deadline = min(deadline or float("inf"), time.monotonic() + grace_s)
-        if child.poll() is None:
-            _signal_group(child.pid, signal.SIGKILL)
+        _kill_group(child.pid)
         status = child.wait()
-        _signal_group(child.pid, signal.SIGKILL)
         _kill_everything_below()
     return status
 

@@ -32,11 +32,11 @@ from swarm.protocol.records import (
     NodeState,
     expected_key,
     model_index_key,
-    open_record,
     shard_key,
     shard_of,
     sign_record,
 )
+from swarm.record_validation import RecordChecker
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class Announcer:
         self._identity = identity
         self._directory = directory
         self._clock = clock
+        self._reader = RecordReader(directory, clock)
         self._record = record
         self._hidden_size = hidden_size
         self._period_s = announce_period_s
@@ -139,16 +140,14 @@ class Announcer:
                 await self._store_node(self._last_expiry_unix_s + 1)
 
     async def _announce(self) -> bool:
-        index = [
-            record
-            for record in await _read_index(self._directory, self._clock)
-            if record.model_revision == self._record.model_revision
-        ]
-        self._shards = agreed_shards(index)
+        index = await self._reader.index(self._record.model_revision)
+        if index:
+            self._shards = agreed_shards(index)
         expires_unix_s = int(self._clock.unix_s() + EXPIRY_PERIODS * self._period_s)
         taken = await self._store_node(expires_unix_s)
-        listed_by_others = sum(1 for record in index if record.peer_id != self._identity.peer_id)
-        if listed_by_others < INDEX_PUBLISHERS:
+        # The order decides who goes on when too many began at the same time.
+        before_us = sum(1 for record in index if record.peer_id < self._identity.peer_id)
+        if before_us < INDEX_PUBLISHERS:
             await self._store_index(expires_unix_s)
         return taken
 
@@ -171,13 +170,18 @@ class Announcer:
 
     async def _store_index(self, expires_unix_s: int) -> None:
         own_shard = shard_of(self._identity.peer_id, self._shards)
-        neighbours = await self._directory.get(shard_key(self._record.model_revision, own_shard))
+        key = shard_key(self._record.model_revision, own_shard)
+        # Right after a change of the number, records of other shards still lie in the lower ones.
+        neighbours = sum(
+            shard_of(record.peer_id, self._shards) == own_shard
+            for record in await self._reader.read(key)
+        )
         record = ModelIndexRecord(
             peer_id=self._identity.peer_id,
             model_name=self._record.model_name,
             model_revision=self._record.model_revision,
             number_of_blocks=self._record.number_of_blocks,
-            shards=proposed_shards(self._shards, len(neighbours)),
+            shards=proposed_shards(self._shards, neighbours),
             hidden_size=self._hidden_size,
             sequence=self._next_sequence(),
             expires_unix_s=expires_unix_s,
@@ -192,10 +196,47 @@ class Announcer:
 
 
 # --- reading -------------------------------------------------------------------------------------
+class RecordReader:
+    """Opens what a directory returns; a record that it has seen before costs no signature."""
+
+    def __init__(self, directory: Directory, clock: Clock) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._checker = RecordChecker()
+
+    async def read(self, key: str) -> list[NodeRecord | ModelIndexRecord]:
+        """All valid records under ``key``."""
+        records = []
+        now_unix_s = self._clock.unix_s()
+        for peer_id, entry in (await self._directory.get(key)).items():
+            try:
+                record = self._checker.check(
+                    lambda expected: expected == key,
+                    peer_id,
+                    entry.value,
+                    entry.expires_unix_s,
+                    now_unix_s=now_unix_s,
+                )
+            except RecordError as error:  # it has expired since the directory looked at it
+                logger.debug("dropped a record of %s: %s", peer_id, error.detail)
+            else:
+                records.append(record)
+        return records
+
+    async def index(self, model_revision: bytes | None = None) -> list[ModelIndexRecord]:
+        """The list of models, or those of its records that list one model."""
+        return [
+            record
+            for record in await self.read(model_index_key())
+            if isinstance(record, ModelIndexRecord)
+            and model_revision in (None, record.model_revision)
+        ]
+
+
 async def list_models(directory: Directory, clock: Clock) -> list[ModelSummary]:
     """All models that are served, ordered by name."""
     of_revision: dict[bytes, list[ModelIndexRecord]] = {}
-    for record in await _read_index(directory, clock):
+    for record in await RecordReader(directory, clock).index():
         of_revision.setdefault(record.model_revision, []).append(record)
     summaries = []
     for revision, records in of_revision.items():
@@ -219,42 +260,20 @@ async def read_nodes(
 
     In every state: who routes keeps the ONLINE ones. Ordered by peer id.
     """
-    index = [
-        record
-        for record in await _read_index(directory, clock)
-        if record.model_revision == model_revision
-    ]
-    shards: Sequence[int] = range(agreed_shards(index))
+    reader = RecordReader(directory, clock)
+    shards: Sequence[int] = range(agreed_shards(await reader.index(model_revision)))
     if len(shards) > maximum_shards:
         shards = (dice or random.Random()).sample(shards, maximum_shards)  # noqa: S311
-    keys = [shard_key(model_revision, shard) for shard in shards]
+    reads = await asyncio.gather(
+        *(reader.read(shard_key(model_revision, shard)) for shard in shards)
+    )
     newest: dict[PeerId, NodeRecord] = {}
-    reads = await asyncio.gather(*(_read(directory, key, clock) for key in keys))
     for record in (record for read in reads for record in read):
         if isinstance(record, NodeRecord):
             known = newest.get(record.peer_id)
             if known is None or known.sequence < record.sequence:
                 newest[record.peer_id] = record
     return [newest[peer_id] for peer_id in sorted(newest)]
-
-
-async def _read_index(directory: Directory, clock: Clock) -> list[ModelIndexRecord]:
-    records = await _read(directory, model_index_key(), clock)
-    return [record for record in records if isinstance(record, ModelIndexRecord)]
-
-
-async def _read(
-    directory: Directory, key: str, clock: Clock
-) -> list[NodeRecord | ModelIndexRecord]:
-    records = []
-    for peer_id, entry in (await directory.get(key)).items():
-        try:
-            records.append(
-                open_record(entry.value, now_unix_s=clock.unix_s(), expected_peer=peer_id)
-            )
-        except RecordError as error:  # it has expired since the directory looked at it
-            logger.debug("dropped a record of %s: %s", peer_id, error.detail)
-    return records
 
 
 # --- pure choices --------------------------------------------------------------------------------

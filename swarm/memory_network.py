@@ -269,7 +269,7 @@ class _Pipe:
 
     def _schedule(self, size_bytes: int, arrive: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
-        # Strictly later than the one before: timers that are due at the same time fire in any order.
+        # Strictly later than the one before: timers that are due together fire in any order.
         self._last_arrival_s = max(
             math.nextafter(self._last_arrival_s, math.inf),
             loop.time() + self._link.delay_s(size_bytes),

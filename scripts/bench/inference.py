@@ -69,7 +69,7 @@ class Settings:
     models: tuple[str, ...]
     node_counts: tuple[int, ...]
     session_counts: tuple[int, ...]
-    """Concurrent sessions; 1 is always measured."""
+    """Concurrent sessions over the asynchronous API."""
     repetitions: int
     new_tokens: int
     threads: int
@@ -114,6 +114,7 @@ class Bench:
                     self._measure(variant)
             self._count_bytes(variants[-1])
             self._weigh(variants[-1], before)
+            self._compare_sessions(variants[-1].name)
             if settings.link is not None:
                 self._judge_link(settings.link, max(settings.node_counts))
         return report
@@ -194,9 +195,8 @@ class Bench:
             return
         for sessions in self._settings.session_counts:
             several = variant.worker.generate(SHORT_PROMPT_TOKENS, new, sessions)
-            together = Metric(f"{sessions} sessions, together", "tokens/s")
-            samples.add(variant.name, together, several.aggregate_rate)
-            each = Metric(f"{sessions} sessions, each", "tokens/s")
+            samples.add(variant.name, together(sessions), several.aggregate_rate)
+            each = Metric(f"{_sessions(sessions)}, each", "tokens/s")
             samples.add(variant.name, each, several.decode_rate)
 
     def _count_bytes(self, variant: Variant) -> None:
@@ -237,6 +237,16 @@ class Bench:
                 )
             )
 
+    def _compare_sessions(self, variant: str) -> None:
+        """What concurrency brings: all sessions together against one alone."""
+        values = self._report.samples.values[variant]
+        alone = values.get(together(1))
+        for sessions in self._settings.session_counts:
+            if alone is not None and sessions > 1:
+                pairs = zip(values[together(sessions)], alone, strict=True)
+                gain = statistics.median(several / one for several, one in pairs)
+                self._report.notes.append(f"{variant}: {sessions} sessions give {gain:.2f}x of one")
+
     def _judge_link(self, link: Link, hops: int) -> None:
         """Time per token against the one-way latencies and the time that loopback takes."""
         values = self._report.samples.values
@@ -252,6 +262,15 @@ class Bench:
             f"latencies {ways_ms:.0f} ms + loopback {statistics.median(near_ms):.1f} ms; "
             f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f}..{max(ratios):.3f})"
         )
+
+
+def together(sessions: int) -> Metric:
+    """Throughput of all concurrent sessions."""
+    return Metric(f"{_sessions(sessions)}, together", "tokens/s")
+
+
+def _sessions(count: int) -> str:
+    return "1 session" if count == 1 else f"{count} sessions"
 
 
 def _nodes(count: int) -> str:
@@ -365,7 +384,7 @@ def parse_settings() -> tuple[Settings, bool]:
     parser = argparse.ArgumentParser(prog="python -m scripts.bench.inference")
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
     parser.add_argument("--nodes", type=parse_counts, default=(1, 2, 3))
-    parser.add_argument("--sessions", type=parse_counts, default=(2, 4, 8))
+    parser.add_argument("--sessions", type=parse_counts, default=(1, 2, 4, 8))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -377,7 +396,7 @@ def parse_settings() -> tuple[Settings, bool]:
     if unknown := set(models) - set(MODELS):
         parser.error(f"unknown model: {', '.join(sorted(unknown))}")
     if options.quick:
-        settings = Settings(("smollm2",), (3,), (8,), 3, 24, options.threads, options.link)
+        settings = Settings(("smollm2",), (3,), (1, 8), 3, 24, options.threads, options.link)
     else:
         settings = Settings(
             models,

@@ -4,11 +4,11 @@
     python -m scripts.bench.worker swarm MODEL DTYPE PEER
 
 It reads one JSON command per line and answers each with one line. ``{"prompt": 16, "new": 64,
-"sessions": 1}`` makes ``sessions`` concurrent greedy generations of exactly ``new`` tokens from
-random prompts of ``prompt`` tokens; the answer holds, for each, ``first_s`` (time to first token)
-and ``decode_s`` (from the first token to the last), and ``total_s``, the time of all together. One
-session goes through ``generate``, which is the same code for both kinds but for the model; more go
-through the client's asynchronous API.
+"sessions": 0}`` makes one greedy generation of exactly ``new`` tokens from a random prompt of
+``prompt`` tokens through transformers' ``generate``, which is the same code for both kinds but for
+the model. With ``sessions`` above 0 so many generations run at once, through the client's
+asynchronous API. The answer holds, for each, ``first_s`` (time to first token) and ``decode_s``
+(from the first token to the last), and ``total_s``, the time of all together.
 
 ``Worker`` is the other end, in the benchmark's process.
 """
@@ -16,6 +16,7 @@ through the client's asynchronous API.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -24,12 +25,14 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from scripts.local_swarm import LOOPBACK, Place, compute_environment
 from scripts.process_keeper import KeptProcess
+from swarm.catalogue.checkpoint import Checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FIRST_PLAIN_TOKEN = 100  # ids below are often special
@@ -109,8 +112,11 @@ class Worker:
     ) -> None:
         self._resources.close()
 
-    def generate(self, prompt_tokens: int, new_tokens: int, sessions: int = 1) -> Generation:
-        """Have it generate; blocks until it is done. Raises WorkerError."""
+    def generate(self, prompt_tokens: int, new_tokens: int, sessions: int = 0) -> Generation:
+        """Have it generate; blocks until it is done. 0 sessions: one, by ``generate``.
+
+        Raises WorkerError.
+        """
         stdin = self._process.stdin
         if stdin is None:
             raise WorkerError("the worker has not started")
@@ -175,11 +181,55 @@ def generate_alone(model: Any, prompt_tokens: int, new_tokens: int) -> dict[str,
     return _measured(started_s, [times.times_s])
 
 
-async def generate_together(
-    model: Any, prompt_tokens: int, new_tokens: int, sessions: int
-) -> dict[str, Any]:
-    """Concurrent greedy generations through the client's asynchronous API."""
-    raise NotImplementedError
+class ManySessions:
+    """Concurrent generations of one swarm client, over the asynchronous API."""
+
+    def __init__(self, model: Any, checkpoint_path: str, peers: Sequence[str], dtype: str) -> None:
+        from swarm.client.app import SwarmClient
+        from swarm.client.config import ClientSettings
+        from swarm.client.ends import remote_blocks
+        from swarm.client.generate import LocalModel
+
+        checkpoint = Checkpoint.open(checkpoint_path)
+        blocks_of = partial(remote_blocks, checkpoint=checkpoint, ends=model.ends, dtype=dtype)
+        # Only numbers matter here, and no token ends a text before its time.
+        self._model = LocalModel(model.ends, blocks_of, NumberTokenizer(), frozenset())
+        self._vocabulary = model.config.vocab_size
+        self._runner = asyncio.Runner()
+        settings = ClientSettings(peers=tuple(peers), dtype=dtype)
+        self._client = self._runner.run(SwarmClient.connect(settings))
+
+    def generate(self, prompt_tokens: int, new_tokens: int, sessions: int) -> dict[str, Any]:
+        """Run ``sessions`` generations at once."""
+        return self._runner.run(self._generate(prompt_tokens, new_tokens, sessions))
+
+    async def _generate(self, prompt_tokens: int, new_tokens: int, sessions: int) -> dict[str, Any]:
+        from swarm.client.generate import SamplingSettings, stream_generate
+
+        settings = SamplingSettings(max_new_tokens=new_tokens)
+
+        async def one(number: int) -> list[float]:
+            prompt = random_prompt(self._vocabulary, prompt_tokens, number)
+            pieces = stream_generate(self._client, self._model, prompt, settings)
+            return [time.monotonic() async for _ in pieces]
+
+        started_s = time.monotonic()
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(one(number)) for number in range(sessions)]
+        return _measured(started_s, [task.result() for task in running])
+
+    def close(self) -> None:
+        """Leave the swarm."""
+        self._runner.run(self._client.close())
+        self._runner.close()
+        self._model.close()
+
+
+class NumberTokenizer:
+    """Stands in for a tokenizer, which a model of random weights has none of."""
+
+    def decode(self, token_ids: Sequence[int], **_: object) -> str:
+        return " ".join(map(str, token_ids))
 
 
 def _measured(started_s: float, times_s: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -190,16 +240,18 @@ def _measured(started_s: float, times_s: Sequence[Sequence[float]]) -> dict[str,
     }
 
 
-def serve(model: Any, answers: TextIO) -> None:
+def serve(model: Any, many: ManySessions | None, answers: TextIO) -> None:
     """Answer commands until standard input ends."""
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         command = json.loads(line)
         prompt, new, sessions = command["prompt"], command["new"], command["sessions"]
-        if sessions == 1:
+        if sessions == 0:
             answer = generate_alone(model, prompt, new)
+        elif many is not None:
+            answer = many.generate(prompt, new, sessions)
         else:
-            answer = asyncio.run(generate_together(model, prompt, new, sessions))
+            raise ValueError("transformers alone has no concurrent sessions")
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -211,16 +263,19 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     kind, path, dtype, *peers = arguments
-    with torch.inference_mode():
-        if kind == "local":
-            from transformers import AutoModelForCausalLM
+    if kind == "local":
+        from transformers import AutoModelForCausalLM
 
-            serve(AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)), answers)
-        else:
-            from swarm.client import SwarmModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        serve(model, None, answers)
+    else:
+        from swarm.client import SwarmModelForCausalLM
 
-            with SwarmModelForCausalLM.from_swarm(path, peers=peers, dtype=dtype) as model:
-                serve(model, answers)
+        with (
+            SwarmModelForCausalLM.from_swarm(path, peers=peers, dtype=dtype) as remote,
+            contextlib.closing(ManySessions(remote, path, peers, dtype)) as many,
+        ):
+            serve(remote, many, answers)
 
 
 if __name__ == "__main__":

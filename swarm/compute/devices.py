@@ -22,9 +22,7 @@ def choose_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(
-            f"unknown device {name!r}; use auto, cpu, cuda, mps or xpu"
-        ) from error
+        raise ConfigError(f"unknown device {name!r}; use auto, cpu, cuda, mps or xpu") from error
     if device.type != "cpu" and not _is_available(device.type):
         raise ConfigError(f"device {name!r} is not available here; use --device cpu or auto")
     return device

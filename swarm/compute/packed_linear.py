@@ -23,9 +23,7 @@ def packing_is_available() -> bool:
     """Whether this build of torch has the operators (they are not part of its public API)."""
     try:
         weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16), 1)
-        output = torch.ops.mkldnn._linear_pointwise(
-            torch.ones(1, 16), weight, None, "none", [], ""
-        )
+        output = torch.ops.mkldnn._linear_pointwise(torch.ones(1, 16), weight, None, "none", [], "")
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     return bool((output == 16).all())
@@ -56,9 +54,7 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    return (
-        weight.device.type == "cpu" and weight.dtype in _PACKED_DTYPES and packing_is_available()
-    )
+    return weight.device.type == "cpu" and weight.dtype in _PACKED_DTYPES and packing_is_available()
 
 
 def pack_linear(*linears: nn.Linear) -> nn.Module:

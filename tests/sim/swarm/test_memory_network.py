@@ -275,9 +275,7 @@ def test_an_old_record_never_replaces_a_newer_one(simulate, identity, node_recor
         new = node_record(identity(2), sequence=2, expires_unix_s=now + 61)
         key = expected_key(old)
         for record in (new, old):
-            taken = await server.store(
-                key, sign_record(identity(2), record), record.expires_unix_s
-            )
+            taken = await server.store(key, sign_record(identity(2), record), record.expires_unix_s)
             assert taken is (record is new)
         assert (await client.get(key))[server.peer_id].expires_unix_s == now + 61
 

@@ -55,9 +55,7 @@ def test_it_expires_even_when_it_was_seen(check, owner, record):
 
 def test_foreign_subkey(check, owner, record, identities):
     with pytest.raises(RecordError, match="another peer"):
-        check(
-            sign_record(owner, record), key=expected_key(record), subkey=identities[1].peer_id
-        )
+        check(sign_record(owner, record), key=expected_key(record), subkey=identities[1].peer_id)
 
 
 def test_foreign_subkey_of_a_record_that_was_seen(check, owner, record, identities):

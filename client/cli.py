@@ -1,0 +1,447 @@
+"""The command ``swarm``: text from a swarm, and what it serves.
+
+Heavy packages are imported inside the commands, so that ``--help`` answers at once.
+
+Exit codes: 0 done, 1 a bug, 2 wrong usage, settings or checkpoint, 3 the swarm cannot serve this
+now, 4 the network cannot be used, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from swarm.client.background import BackgroundLoop
+from swarm.client.config import PEERS_VARIABLE, ClientSettings, SamplingSettings, load_settings
+from swarm.protocol.errors import (
+    NoRouteError,
+    RemoteError,
+    SwarmError,
+    UsageError,
+)
+from swarm.threads import configure_threads_environment
+
+if TYPE_CHECKING:
+    from swarm.client.app import SwarmClient
+    from swarm.client.generate import GenerationResult, LocalModel, TextPiece
+
+EXIT_USAGE = 2
+EXIT_CANNOT_SERVE = 3
+EXIT_NETWORK = 4
+EXIT_INTERRUPTED = 130
+
+DEFAULT_CONTEXT_TOKENS = 4096
+
+app = typer.Typer(
+    name="swarm",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Text from a language model that a swarm of volunteers runs.\n\n"
+    "Your words become numbers on this computer and leave it only as activations; the blocks of the "
+    "model are computed by a chain of nodes. [bold]models[/bold] shows what a swarm serves, "
+    "[bold]generate[/bold] answers once, [bold]chat[/bold] keeps a conversation.\n\n"
+    "Exit codes: 0 done, 2 wrong usage, 3 the swarm cannot serve this now, 4 network trouble.",
+)
+
+# --- flags that several commands share -----------------------------------------------------------
+Model = Annotated[
+    str, typer.Argument(help="Checkpoint folder, or a name in the Hugging Face cache or hub.")
+]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--peers",
+        metavar="ADDRESS",
+        help="A peer to join by, as printed by [bold]swarm-node seed[/bold]; repeat it or separate "
+        f"by commas. {PEERS_VARIABLE} in the environment does the same.",
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="TOML file with settings; flags win over it."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="auto, float32 or bfloat16. float32 is exact, auto is fast."),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens.")]
+Temperature = Annotated[
+    float,
+    typer.Option("--temperature", help="0 takes the likeliest token; 0.7 varies, 1.5 rambles."),
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Only the likeliest tokens with this probability together.")
+]
+TopK = Annotated[int, typer.Option("--top-k", help="Only the k likeliest tokens; 0 is all.")]
+Penalty = Annotated[
+    float, typer.Option("--repetition-penalty", help="Above 1 makes repetition less likely.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same answer.")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="End at this text; repeatable.")
+]
+System = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="What the model is told beforehand.")
+]
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
+    'swarm generate SmolLM2-135M-Instruct --peers /ip4/192.0.2.1/tcp/31330/p2p/12D3KooW... "Hi!"'
+    "\n\n"
+    'swarm generate ./checkpoint --temperature 0.7 --seed 1 --system "Be brief." "Why is it dark?"'
+    "\n\n"
+    "swarm generate ./checkpoint --raw --json < story.txt"
+)
+def generate(
+    model: Model,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to answer; read from standard input if left out.")
+    ] = None,
+    peers: Peers = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is: no chat template.")
+    ] = False,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    dtype: Dtype = None,
+    config: Config = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, and nothing else.")
+    ] = False,
+) -> None:
+    """Answer one prompt, streaming to the terminal; the chain that served it goes to stderr."""
+    with _outcome(as_json):
+        sampling = SamplingSettings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=tuple(stop or ()),
+        )
+        if raw and system is not None:
+            raise UsageError("--system needs the chat template; leave --raw out")
+        settings = _settings(peers, dtype, config)
+        text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
+        if not text.strip():
+            raise UsageError("the prompt is empty")
+        with _joined(model, settings) as swarm:
+            from swarm.client.generate import stream_generate
+
+            messages = [*_system_message(system), {"role": "user", "content": text}]
+            prompt_ids = swarm.model.encode(text) if raw else swarm.model.encode_chat(messages)
+            pieces = stream_generate(swarm.client, swarm.model, prompt_ids, sampling)
+            answer = _Answer(shown=not as_json)
+            swarm.background.run(answer.follow(pieces))
+            answer.report(as_json)
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "swarm chat SmolLM2-135M-Instruct --peers /ip4/192.0.2.1/tcp/31330/p2p/12D3KooW...\n\n"
+    'swarm chat ./checkpoint --system "You are a patient teacher." --temperature 0.7'
+)
+def chat(
+    model: Model,
+    peers: Peers = None,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    max_context: Annotated[
+        int,
+        typer.Option(
+            "--max-context", help="Tokens that the nodes reserve; older turns are forgotten."
+        ),
+    ] = DEFAULT_CONTEXT_TOKENS,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    config: Config = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object for each answer.")
+    ] = False,
+) -> None:
+    """Talk in turns. Ctrl-C stops an answer, a second one (or /quit) leaves; /new starts over."""
+    with _outcome(as_json):
+        sampling = SamplingSettings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        settings = _settings(peers, dtype, config)
+        with _joined(model, settings) as swarm:
+            from swarm.client.chat import Conversation
+
+            conversation = Conversation(
+                swarm.client, swarm.model, system=system, maximum_tokens=max_context
+            )
+            try:
+                _talk(swarm, conversation, sampling, as_json)
+            finally:
+                swarm.background.run(conversation.close())
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "swarm models --peers /ip4/192.0.2.1/tcp/31330/p2p/12D3KooW...\n\n"
+    "swarm models --json | jq '.models[].missing_blocks'"
+)
+def models(
+    peers: Peers = None,
+    config: Config = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, and nothing else.")
+    ] = False,
+) -> None:
+    """Show what the swarm serves: models, how often each block is there, and by which nodes."""
+    with _outcome(as_json):
+        settings = _settings(peers, None, config)
+        with _connected(settings) as (background, client):
+            from swarm.client.listing import ServedModel, models_table
+
+            async def read() -> list[ServedModel]:
+                return [
+                    ServedModel.of(summary, await client.nodes(summary.model_revision))
+                    for summary in await client.models()
+                ]
+
+            served = background.run(read())
+        if as_json:
+            print(json.dumps({"models": [model.to_json() for model in served]}))
+        elif not served:
+            _note("this swarm serves no model yet; host one with swarm-node join MODEL --peers ...")
+        else:
+            from rich.console import Console
+
+            Console().print(models_table(served))
+
+
+def main() -> None:
+    """Entry point of the console script; wrong usage ends with exit code 2."""
+    app()
+
+
+# --- one answer ----------------------------------------------------------------------------------
+class _Answer:
+    """Shows an answer while it comes, and remembers it should it be interrupted."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown
+        self.text = ""
+        self.result: GenerationResult | None = None
+
+    async def follow(self, pieces: AsyncIterator[TextPiece]) -> None:
+        async for piece in pieces:
+            self.text += piece.text
+            if self._shown:
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+            if piece.result is not None:
+                self.result = piece.result
+        if self._shown:
+            print()
+
+    def report(self, as_json: bool) -> None:
+        if self.result is None:
+            return
+        if as_json:
+            print(json.dumps(_result_to_json(self.result)), flush=True)
+        else:
+            _note(_describe(self.result))
+
+
+def _result_to_json(result: GenerationResult) -> dict[str, Any]:
+    return {
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.prompt_tokens,
+        "new_tokens": len(result.token_ids),
+        "time_to_first_token_s": round(result.time_to_first_token_s, 4),
+        "tokens_per_s": round(result.tokens_per_s, 2),
+        "chain_passes": result.chain_passes,
+        "chain": [
+            {
+                "peer_id": hop.peer_id,
+                "name": hop.display_name,
+                "first_block": hop.first_block,
+                "end_block": hop.end_block,
+            }
+            for hop in result.plan.hops
+        ],
+    }
+
+
+def _describe(result: GenerationResult) -> str:
+    hops = " -> ".join(
+        f"{hop.display_name or hop.peer_id[-8:]} [{hop.first_block}:{hop.end_block}]"
+        for hop in result.plan.hops
+    )
+    return (
+        f"served by {hops}\n"
+        f"{len(result.token_ids)} tokens, {result.tokens_per_s:.1f} tokens/s, "
+        f"first token after {result.time_to_first_token_s:.2f} s"
+    )
+
+
+# --- conversations -------------------------------------------------------------------------------
+def _talk(swarm: _Swarm, conversation: Any, sampling: SamplingSettings, as_json: bool) -> None:
+    """The turns of a chat, until the user leaves."""
+    interactive = sys.stdin.isatty() and not as_json
+    if interactive:
+        _note("/quit leaves, /new starts over, Ctrl-C stops an answer")
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            if interactive:
+                print()
+            return
+        if line == "/quit":
+            return
+        if line == "/new":
+            conversation.forget()
+            continue
+        if not line:
+            continue
+        answer = _Answer(shown=not as_json)
+        try:
+            swarm.background.run(answer.follow(conversation.answer(line, sampling)))
+        except KeyboardInterrupt:
+            print()
+            _note("stopped")
+        except SwarmError as error:
+            if not interactive:
+                raise
+            print()
+            _note(f"{_explain(error)}; ask again to try another chain")
+        conversation.remember_answer(answer.text)
+        answer.report(as_json)
+
+
+def _system_message(system: str | None) -> list[dict[str, str]]:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+# --- joining and leaving -------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class _Swarm:
+    background: BackgroundLoop
+    client: SwarmClient
+    model: LocalModel
+
+
+@contextmanager
+def _joined(model_name: str, settings: ClientSettings) -> Iterator[_Swarm]:
+    """Load the model's ends, then join."""
+    _prepare_process()
+    from swarm.client.generate import LocalModel
+
+    model = LocalModel.load(model_name, dtype=settings.dtype)
+    try:
+        with _connected(settings) as (background, client):
+            yield _Swarm(background, client, model)
+    finally:
+        model.close()
+
+
+@contextmanager
+def _connected(settings: ClientSettings) -> Iterator[tuple[BackgroundLoop, SwarmClient]]:
+    _prepare_process()
+    from swarm.client.app import SwarmClient
+
+    background = BackgroundLoop()
+    try:
+        client = background.run(SwarmClient.connect(settings))
+        try:
+            yield background, client
+        finally:
+            background.run(client.close())
+    finally:
+        background.close()
+
+
+def _settings(peers: list[str] | None, dtype: str | None, config: Path | None) -> ClientSettings:
+    flags = {"peers": " ".join(peers or ()) or None, "dtype": dtype}
+    return load_settings(flags, environment=os.environ, config_file=config)
+
+
+def _prepare_process() -> None:
+    """What must be set before heavy packages load."""
+    configure_threads_environment()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+# --- around every command ------------------------------------------------------------------------
+@contextmanager
+def _outcome(as_json: bool) -> Iterator[None]:
+    """Turns our errors into one line and an exit code; bugs keep their traceback."""
+    try:
+        yield
+    except SwarmError as error:
+        if as_json:
+            print(json.dumps(_error_to_json(error)))
+        else:
+            _note(f"swarm: {_explain(error)}")
+        raise typer.Exit(exit_code(error)) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def exit_code(error: SwarmError) -> int:
+    """Which of the documented exit codes an error ends the process with."""
+    match error:
+        case UsageError():
+            return EXIT_USAGE
+        case NoRouteError() | RemoteError():
+            return EXIT_CANNOT_SERVE
+        case _:
+            return EXIT_NETWORK
+
+
+def _explain(error: SwarmError) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, NoRouteError | RemoteError) and error.retry_after_ms:
+        if "retry in" not in text:
+            text += f"; retry in {error.retry_after_ms / 1000:.0f} s"
+    return text
+
+
+def _error_to_json(error: SwarmError) -> dict[str, Any]:
+    fields: dict[str, Any] = {"error": _explain(error), "kind": type(error).__name__}
+    if isinstance(error, NoRouteError):
+        fields["missing_blocks"] = list(error.missing_blocks)
+    if isinstance(error, NoRouteError | RemoteError):
+        fields["retry_after_ms"] = error.retry_after_ms
+    return fields
+
+
+def _note(text: str) -> None:
+    """A line for the user beside the answer: on stderr, dim where the terminal can."""
+    dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    print(f"\033[2m{text}\033[0m" if dim else text, file=sys.stderr, flush=True)
