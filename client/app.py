@@ -186,13 +186,13 @@ class SwarmClient:
 
     async def _unknown_model(self, request: SessionRequest, model_name: str) -> str:
         served = await self.models()
-        others = [model for model in served if model.name == model_name]
+        others = [model for model in served if model.model_name == model_name]
         if others:
             return (
                 f"the swarm serves another revision of {model_name}; "
                 "use the same checkpoint as its nodes"
             )
-        names = ", ".join(sorted({model.name for model in served})) or "no model at all"
+        names = ", ".join(sorted({model.model_name for model in served})) or "no model at all"
         return f"nobody serves {model_name}; this swarm serves: {names}"
 
 

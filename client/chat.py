@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from swarm.client.config import SamplingSettings
@@ -36,11 +36,13 @@ class Conversation:
         """What was said so far, as ``role`` and ``content``, without the system message."""
         return list(self._turns)
 
-    async def answer(self, text: str, settings: SamplingSettings) -> AsyncIterator[TextPiece]:
+    async def answer(
+        self, text: str, settings: SamplingSettings
+    ) -> AsyncGenerator[TextPiece, None]:
         """Stream the answer to ``text``; then call :meth:`remember_answer`."""
         self._turns.append({"role": "user", "content": text})
         prompt_ids = self._fitting_prompt(settings.max_new_tokens)
-        async with aclosing(self._session.stream(prompt_ids, settings)) as pieces:  # type: ignore[type-var]
+        async with aclosing(self._session.stream(prompt_ids, settings)) as pieces:
             async for piece in pieces:
                 yield piece
 

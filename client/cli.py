@@ -11,16 +11,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from swarm.client.background import BackgroundLoop
 from swarm.client.config import PEERS_VARIABLE, ClientSettings, SamplingSettings, load_settings
+from swarm.client.output import Answer, error_to_json, explain, note
 from swarm.protocol.errors import (
     NoRouteError,
     RemoteError,
@@ -31,7 +32,8 @@ from swarm.threads import configure_threads_environment
 
 if TYPE_CHECKING:
     from swarm.client.app import SwarmClient
-    from swarm.client.generate import GenerationResult, LocalModel, TextPiece
+    from swarm.client.chat import Conversation
+    from swarm.client.generate import LocalModel
 
 EXIT_USAGE = 2
 EXIT_CANNOT_SERVE = 3
@@ -48,8 +50,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Text from a language model that a swarm of volunteers runs.\n\n"
-    "Your words become numbers on this computer and leave it only as activations; the blocks of the "
-    "model are computed by a chain of nodes. [bold]models[/bold] shows what a swarm serves, "
+    "Your words become numbers on this computer and leave it only as activations; the blocks of "
+    "the model are computed by a chain of nodes. [bold]models[/bold] shows what a swarm serves, "
     "[bold]generate[/bold] answers once, [bold]chat[/bold] keeps a conversation.\n\n"
     "Exit codes: 0 done, 2 wrong usage, 3 the swarm cannot serve this now, 4 network trouble.",
 )
@@ -150,7 +152,7 @@ def generate(
             messages = [*_system_message(system), {"role": "user", "content": text}]
             prompt_ids = swarm.model.encode(text) if raw else swarm.model.encode_chat(messages)
             pieces = stream_generate(swarm.client, swarm.model, prompt_ids, sampling)
-            answer = _Answer(shown=not as_json)
+            answer = Answer(shown=not as_json)
             swarm.background.run(answer.follow(pieces))
             answer.report(as_json)
 
@@ -233,7 +235,7 @@ def models(
         if as_json:
             print(json.dumps({"models": [model.to_json() for model in served]}))
         elif not served:
-            _note("this swarm serves no model yet; host one with swarm-node join MODEL --peers ...")
+            note("this swarm serves no model yet; host one with swarm-node join MODEL --peers ...")
         else:
             from rich.console import Console
 
@@ -245,75 +247,14 @@ def main() -> None:
     app()
 
 
-# --- one answer ----------------------------------------------------------------------------------
-class _Answer:
-    """Shows an answer while it comes, and remembers it should it be interrupted."""
-
-    def __init__(self, *, shown: bool) -> None:
-        self._shown = shown
-        self.text = ""
-        self.result: GenerationResult | None = None
-
-    async def follow(self, pieces: AsyncIterator[TextPiece]) -> None:
-        async for piece in pieces:
-            self.text += piece.text
-            if self._shown:
-                sys.stdout.write(piece.text)
-                sys.stdout.flush()
-            if piece.result is not None:
-                self.result = piece.result
-        if self._shown:
-            print()
-
-    def report(self, as_json: bool) -> None:
-        if self.result is None:
-            return
-        if as_json:
-            print(json.dumps(_result_to_json(self.result)), flush=True)
-        else:
-            _note(_describe(self.result))
-
-
-def _result_to_json(result: GenerationResult) -> dict[str, Any]:
-    return {
-        "text": result.text,
-        "token_ids": list(result.token_ids),
-        "finish_reason": result.finish_reason,
-        "prompt_tokens": result.prompt_tokens,
-        "new_tokens": len(result.token_ids),
-        "time_to_first_token_s": round(result.time_to_first_token_s, 4),
-        "tokens_per_s": round(result.tokens_per_s, 2),
-        "chain_passes": result.chain_passes,
-        "chain": [
-            {
-                "peer_id": hop.peer_id,
-                "name": hop.display_name,
-                "first_block": hop.first_block,
-                "end_block": hop.end_block,
-            }
-            for hop in result.plan.hops
-        ],
-    }
-
-
-def _describe(result: GenerationResult) -> str:
-    hops = " -> ".join(
-        f"{hop.display_name or hop.peer_id[-8:]} [{hop.first_block}:{hop.end_block}]"
-        for hop in result.plan.hops
-    )
-    return (
-        f"served by {hops}\n"
-        f"{len(result.token_ids)} tokens, {result.tokens_per_s:.1f} tokens/s, "
-        f"first token after {result.time_to_first_token_s:.2f} s"
-    )
-
-
 # --- conversations -------------------------------------------------------------------------------
-def _talk(swarm: _Swarm, conversation: Any, sampling: SamplingSettings, as_json: bool) -> None:
+def _talk(
+    swarm: _Swarm, conversation: Conversation, sampling: SamplingSettings, as_json: bool
+) -> None:
     """The turns of a chat, until the user leaves."""
     interactive = sys.stdin.isatty() and not as_json
     if interactive:
-        _note("/quit leaves, /new starts over, Ctrl-C stops an answer")
+        note("/quit leaves, /new starts over, Ctrl-C stops an answer")
     while True:
         try:
             line = input("> " if interactive else "").strip()
@@ -328,17 +269,17 @@ def _talk(swarm: _Swarm, conversation: Any, sampling: SamplingSettings, as_json:
             continue
         if not line:
             continue
-        answer = _Answer(shown=not as_json)
+        answer = Answer(shown=not as_json)
         try:
             swarm.background.run(answer.follow(conversation.answer(line, sampling)))
         except KeyboardInterrupt:
             print()
-            _note("stopped")
+            note("stopped")
         except SwarmError as error:
             if not interactive:
                 raise
             print()
-            _note(f"{_explain(error)}; ask again to try another chain")
+            note(f"{explain(error)}; ask again to try another chain")
         conversation.remember_answer(answer.text)
         answer.report(as_json)
 
@@ -405,9 +346,9 @@ def _outcome(as_json: bool) -> Iterator[None]:
         yield
     except SwarmError as error:
         if as_json:
-            print(json.dumps(_error_to_json(error)))
+            print(json.dumps(error_to_json(error)))
         else:
-            _note(f"swarm: {_explain(error)}")
+            note(f"swarm: {explain(error)}")
         raise typer.Exit(exit_code(error)) from None
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -422,26 +363,3 @@ def exit_code(error: SwarmError) -> int:
             return EXIT_CANNOT_SERVE
         case _:
             return EXIT_NETWORK
-
-
-def _explain(error: SwarmError) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, NoRouteError | RemoteError) and error.retry_after_ms:
-        if "retry in" not in text:
-            text += f"; retry in {error.retry_after_ms / 1000:.0f} s"
-    return text
-
-
-def _error_to_json(error: SwarmError) -> dict[str, Any]:
-    fields: dict[str, Any] = {"error": _explain(error), "kind": type(error).__name__}
-    if isinstance(error, NoRouteError):
-        fields["missing_blocks"] = list(error.missing_blocks)
-    if isinstance(error, NoRouteError | RemoteError):
-        fields["retry_after_ms"] = error.retry_after_ms
-    return fields
-
-
-def _note(text: str) -> None:
-    """A line for the user beside the answer: on stderr, dim where the terminal can."""
-    dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    print(f"\033[2m{text}\033[0m" if dim else text, file=sys.stderr, flush=True)

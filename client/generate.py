@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ from swarm.client.ends import ModelEnds, read_generation_config, remote_blocks
 from swarm.client.remote_blocks import ChainOpener, RemoteBlocks, RemoteChain
 from swarm.client.text_stream import IncrementalDetokenizer, StopStrings
 from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
-from swarm.protocol.errors import CheckpointError, UsageError
+from swarm.protocol.errors import CheckpointError, NetworkError, RemoteError, UsageError
 from swarm.protocol.tensors import DType, WireTensor
 from swarm.routing import ChainPlan
 
@@ -160,6 +160,7 @@ class TextSession:
         self._maximum_tokens = maximum_tokens
         self._chain: RemoteChain | None = None
         self._cached_ids: list[int] = []
+        self._passes_before = 0
 
     async def __aenter__(self) -> Self:
         return self
@@ -181,7 +182,7 @@ class TextSession:
 
     async def stream(
         self, prompt_ids: Sequence[int], settings: SamplingSettings | None = None
-    ) -> AsyncIterator[TextPiece]:
+    ) -> AsyncGenerator[TextPiece, None]:
         """Continue ``prompt_ids``; the part of it that is cached already is not sent again.
 
         Raises UsageError for prompts that do not fit, NoRouteError, RemoteError and NetworkError.
@@ -203,16 +204,10 @@ class TextSession:
         new_ids: list[int] = []
         texts: list[str] = []
         started_s = first_s = time.perf_counter()
-        start = self._cached_beginning(prompt_ids)
-        pending = list(prompt_ids[start:])
-        activations = await self._model.compute(partial(chooser.embed, pending))
-        chain = await self._open()
-        passes_before = chain.passes
+        chain, hidden = await self._pass_prompt(chooser, prompt_ids)
+        position = len(prompt_ids)
         while True:
-            hidden = await self._step(chain, activations, start, pending)
             token_id, activations = await self._model.compute(partial(chooser.choose, hidden))
-            start += len(pending)
-            pending = [token_id]
             new_ids.append(token_id)
             if len(new_ids) == 1:
                 first_s = time.perf_counter()
@@ -223,6 +218,8 @@ class TextSession:
                 break
             texts.append(text)
             yield TextPiece(text, (token_id,))
+            hidden = await self._step(chain, activations, position, [token_id])
+            position += 1
         texts.append(text)
         decode_s = time.perf_counter() - first_s
         yield TextPiece(
@@ -235,7 +232,7 @@ class TextSession:
                 prompt_tokens=len(prompt_ids),
                 time_to_first_token_s=first_s - started_s,
                 tokens_per_s=(len(new_ids) - 1) / decode_s if len(new_ids) > 1 else 0.0,
-                chain_passes=chain.passes - passes_before,
+                chain_passes=chain.passes - self._passes_before,
                 plan=chain.plan,
             ),
         )
@@ -253,10 +250,29 @@ class TextSession:
             shared += 1
         return shared
 
-    async def _open(self) -> RemoteChain:
+    async def _pass_prompt(
+        self, chooser: TokenChooser, prompt_ids: Sequence[int]
+    ) -> tuple[RemoteChain, WireTensor]:
+        """Pass what is not cached; a chain that died between two answers is replaced once."""
+        was_open = self._chain is not None
+        try:
+            return await self._pass_rest(chooser, prompt_ids)
+        except (NetworkError, RemoteError):
+            if not was_open:
+                raise
+            return await self._pass_rest(chooser, prompt_ids)
+
+    async def _pass_rest(
+        self, chooser: TokenChooser, prompt_ids: Sequence[int]
+    ) -> tuple[RemoteChain, WireTensor]:
+        start = self._cached_beginning(prompt_ids)
+        rest = list(prompt_ids[start:])
+        activations = await self._model.compute(partial(chooser.embed, rest))
         if self._chain is None:
             self._chain = await self._blocks.open_chain(rows=1, maximum_tokens=self._maximum_tokens)
-        return self._chain
+        chain = self._chain
+        self._passes_before = chain.passes
+        return chain, await self._step(chain, activations, start, rest)
 
     async def _step(
         self, chain: RemoteChain, activations: WireTensor, position: int, ids: list[int]
@@ -276,7 +292,7 @@ async def stream_generate(
     model: LocalModel,
     prompt_ids: Sequence[int],
     settings: SamplingSettings | None = None,
-) -> AsyncIterator[TextPiece]:
+) -> AsyncGenerator[TextPiece, None]:
     """Generate in a session of its own, which is freed at the end, on errors and on cancellation.
 
     A consumer that may stop early wraps the stream in ``contextlib.aclosing``.
@@ -285,7 +301,7 @@ async def stream_generate(
     maximum_tokens = min(len(prompt_ids) + settings.max_new_tokens, model.maximum_tokens)
     async with (
         TextSession(client, model, maximum_tokens) as session,
-        aclosing(session.stream(prompt_ids, settings)) as pieces,  # type: ignore[type-var]
+        aclosing(session.stream(prompt_ids, settings)) as pieces,
     ):
         async for piece in pieces:
             yield piece

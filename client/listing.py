@@ -79,7 +79,8 @@ def models_table(models: Sequence[ServedModel]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    overview = Table("model", "revision", "blocks", "replicas of blocks", "nodes", "usable")
+    overview = Table("model", "revision", "blocks", "replicas", "nodes", "usable")
+    overview.columns[0].overflow = "fold"
     parts: list[RenderableType] = [overview]
     for model in models:
         missing = model.missing_blocks

@@ -13,20 +13,20 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 from swarm.membership import Announcer, coverage, read_nodes
 from swarm.node.addresses import for_people, for_record, is_public
+from swarm.node.board import Board
 from swarm.node.config import BlockSpan, NodeSettings, PeerSettings, SeedSettings
 from swarm.node.metrics import MetricsServer, NodeMetrics
 from swarm.node.neighbours import Neighbours
 from swarm.node.process import held_identity, leave_on_signals
 from swarm.node.service import NodeService, ServiceLimits
-from swarm.node.view import NodeStatus, RecentRate, View
+from swarm.node.view import NodeStatus, View
 from swarm.protocol.errors import ConfigError, NetworkError, SwarmError
 from swarm.protocol.identity import Identity
 from swarm.protocol.records import NodeRecord, NodeState
@@ -36,7 +36,7 @@ from swarm.virtual_time import LoopClock
 if TYPE_CHECKING:
     from swarm.hivemind_network import HivemindNetwork
     from swarm.node.engine.engine import SpanEngine
-    from swarm.node.hosting import OpenedModel
+    from swarm.node.engine.hosting import OpenedModel
 
 log = logging.getLogger(__name__)
 
@@ -47,43 +47,6 @@ ANNOUNCE_TIMEOUT_S = 10.0
 
 class Left(Exception):
     """The owner asked to leave while something was being prepared."""
-
-
-@dataclass
-class Board:
-    """What the view shows; each part of the start and of the run fills in what it knows."""
-
-    status: NodeStatus
-    metrics: NodeMetrics
-    engine: SpanEngine | None = None
-
-    def __post_init__(self) -> None:
-        self._started_s = time.monotonic()
-        self._rate = RecentRate()
-
-    def update(self, **changes: Any) -> None:
-        self.status = replace(self.status, **changes)
-
-    def snapshot(self) -> NodeStatus:
-        now_s = time.monotonic()
-        totals = self.metrics.totals
-        status = replace(
-            self.status,
-            uptime_s=now_s - self._started_s,
-            sessions=totals.sessions_open,
-            tokens=totals.tokens,
-            tokens_per_s=self._rate.update(now_s, totals.tokens),
-            refused=totals.refused,
-        )
-        if self.engine is None:
-            return status
-        load = self.engine.load
-        return replace(
-            status,
-            queued_steps=load.queued_steps,
-            cache_tokens_total=load.cache_tokens_total,
-            cache_tokens_used=load.cache_tokens_total - load.cache_tokens_free,
-        )
 
 
 Life = Callable[[Identity, Board, asyncio.Event], Awaitable[None]]
@@ -171,8 +134,7 @@ class _Node:
                     coverage=tuple(replicas),
                 )
                 announcer = await self._announcer(network, model, span)
-                announcing = group.create_task(announcer.run())
-                try:
+                async with _announcing(announcer, group):
                     engine = await self._unless_left(self._load(model, span))
                     stack.push_async_callback(engine.close)
                     service = await self._serve(network, model, engine)
@@ -186,10 +148,6 @@ class _Node:
                     refreshing.cancel()
                     self._board.update(state="draining")
                     service.stop_accepting()
-                finally:
-                    announcing.cancel()
-                    await asyncio.wait((announcing,))
-                    await announcer.leave()
 
     async def _unless_left(self, work: Awaitable[T]) -> T:
         return await _unless_left(self._leaving, work)
@@ -328,7 +286,7 @@ async def _start_network(settings: PeerSettings) -> HivemindNetwork:
 
 
 def _open(settings: NodeSettings) -> OpenedModel:
-    from swarm.node.hosting import open_model
+    from swarm.node.engine.hosting import open_model
 
     model = open_model(settings)
     _ = model.checkpoint.revision  # reads the disk: here, not on the event loop
@@ -336,7 +294,7 @@ def _open(settings: NodeSettings) -> OpenedModel:
 
 
 def _choose(model: OpenedModel, settings: NodeSettings, replicas: list[int]) -> BlockSpan:
-    from swarm.node.hosting import choose_blocks
+    from swarm.node.engine.hosting import choose_blocks
 
     return choose_blocks(model, settings, replicas)
 
@@ -347,7 +305,7 @@ def _load(
     span: BlockSpan,
     progress: Callable[[int, int], None],
 ) -> SpanEngine:
-    from swarm.node.hosting import load_blocks
+    from swarm.node.engine.hosting import load_blocks
 
     return load_blocks(model, settings, span, progress)
 
@@ -398,6 +356,26 @@ async def _guarded_by(network: HivemindNetwork) -> AsyncIterator[asyncio.TaskGro
         guarding = group.create_task(guard())
         yield group
         guarding.cancel()
+
+
+@asynccontextmanager
+async def _announcing(announcer: Announcer, group: asyncio.TaskGroup) -> AsyncIterator[None]:
+    """Announce meanwhile, and at the end that we leave."""
+    announcing = group.create_task(announcer.run())
+    try:
+        yield
+    except asyncio.CancelledError:
+        raise  # the network is gone, or the owner does not want to wait
+    except BaseException:
+        await _leave(announcer, announcing)
+        raise
+    await _leave(announcer, announcing)
+
+
+async def _leave(announcer: Announcer, announcing: asyncio.Task[None]) -> None:
+    announcing.cancel()
+    await asyncio.wait((announcing,))
+    await announcer.leave()
 
 
 @asynccontextmanager

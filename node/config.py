@@ -101,7 +101,7 @@ class PeerSettings:
     metrics_port: int = 0
     """TCP port of the metrics; 0 picks a free one."""
 
-    log_level: str = "info"
+    log_level: str = "warning"
     """debug, info, warning or error."""
 
     @property
@@ -303,6 +303,8 @@ def _check(settings: PeerSettings) -> None:
     """Refuse values that no later part could work with."""
     if len(settings.display_name.encode()) > 64:
         raise ConfigError("display_name is longer than 64 bytes")
+    if not settings.display_name.isprintable():
+        raise ConfigError("display_name has characters that cannot be printed")
     if not 0 <= settings.metrics_port <= 65535:
         raise ConfigError(f"metrics_port {settings.metrics_port} is no TCP port")
     if settings.log_level not in LOG_LEVELS:

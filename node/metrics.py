@@ -37,11 +37,8 @@ class NodeTotals:
     """Sums since the start, for the terminal view."""
 
     sessions_open: int = 0
-    steps: int = 0
     tokens: int = 0
     refused: int = 0
-    bytes_received: int = 0
-    bytes_sent: int = 0
 
 
 class NodeMetrics:
@@ -151,7 +148,7 @@ class NodeMetrics:
         self._tokens.labels(kind).inc(rows * tokens)
         self._queue.observe(queue_us / 1e6)
         self._compute.observe(compute_us / 1e6)
-        self._add(steps=1, tokens=rows * tokens)
+        self._add(tokens=rows * tokens)
 
     def batch_computed(self, steps: int) -> None:
         """The device computed ``steps`` steps in one batch."""
@@ -164,31 +161,16 @@ class NodeMetrics:
     def bytes_moved(self, *, sent: int, received: int) -> None:
         self._bytes.labels("out").inc(sent)
         self._bytes.labels("in").inc(received)
-        self._add(bytes_sent=sent, bytes_received=received)
 
     def text(self) -> str:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry).decode()
 
-    def _add(
-        self,
-        *,
-        sessions_open: int = 0,
-        steps: int = 0,
-        tokens: int = 0,
-        refused: int = 0,
-        bytes_received: int = 0,
-        bytes_sent: int = 0,
-    ) -> None:
+    def _add(self, *, sessions_open: int = 0, tokens: int = 0, refused: int = 0) -> None:
         with self._lock:
             old = self._totals
             self._totals = NodeTotals(
-                old.sessions_open + sessions_open,
-                old.steps + steps,
-                old.tokens + tokens,
-                old.refused + refused,
-                old.bytes_received + bytes_received,
-                old.bytes_sent + bytes_sent,
+                old.sessions_open + sessions_open, old.tokens + tokens, old.refused + refused
             )
 
 

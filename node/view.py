@@ -133,8 +133,9 @@ class JsonView:
 class PlainView:
     """Calm lines for logs and pipes: each change of state, and the load when there is any."""
 
-    def __init__(self, stream: IO[str] | None = None) -> None:
+    def __init__(self, stream: IO[str] | None = None, *, period_s: float = LIVE_PERIOD_S) -> None:
         self._stream = stream or sys.stdout
+        self._period_s = period_s
         self._last = ""
 
     async def watch(self, status: StatusSource) -> None:
@@ -148,12 +149,12 @@ class PlainView:
                 seconds = 0.0
                 if current.sessions or current.tokens_per_s:
                     self._line(describe_load(current))
-            await asyncio.sleep(LIVE_PERIOD_S)
-            seconds += LIVE_PERIOD_S
+            await asyncio.sleep(self._period_s)
+            seconds += self._period_s
 
     def ready(self, status: NodeStatus) -> None:
         self._last = status.state
-        self._line(f"{status.state} as {status.peer_id} {describe_span(status)}".rstrip())
+        self._line(f"{status.state} as {status.peer_id}, {describe_span(status)}".rstrip(", "))
         for address in status.addresses:
             self._line(f"address {address}")
         if status.metrics_url:
@@ -173,8 +174,9 @@ class PlainView:
 class LiveView:
     """The panel of :func:`render`, redrawn each second."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, period_s: float = LIVE_PERIOD_S) -> None:
         self._console = console
+        self._period_s = period_s
 
     async def watch(self, status: StatusSource) -> None:
         first = render(status())
@@ -189,7 +191,7 @@ class LiveView:
                 while True:
                     # Drawing takes some milliseconds: not on the loop that answers peers.
                     await asyncio.to_thread(live.update, render(status()), refresh=True)
-                    await asyncio.sleep(LIVE_PERIOD_S)
+                    await asyncio.sleep(self._period_s)
             finally:
                 live.update(render(replace(status(), state="stopped")), refresh=True)
 
@@ -224,7 +226,8 @@ def render(status: NodeStatus) -> RenderableType:
         rows.add_row("engine", status.engine or "loading")
         if status.loading_fraction is not None:
             rows.add_row("weights", ProgressBar(1.0, status.loading_fraction, width=40))
-        rows.add_row("sessions", f"{status.sessions}   queue {status.queued_steps}")
+        load = f"{status.sessions}   queue {status.queued_steps}   refused {status.refused}"
+        rows.add_row("sessions", load)
         rows.add_row("tokens", f"{status.tokens_per_s:,.1f}/s   {status.tokens:,} in total")
         rows.add_row("cache", _cache(status))
     rows.add_row("uptime", format_duration(status.uptime_s))
@@ -290,12 +293,13 @@ def _cache(status: NodeStatus) -> RenderableType:
 
 
 def describe_span(status: NodeStatus) -> str:
-    """``serving blocks 0:10 of 30 of MODEL``, or nothing for a seed."""
+    """``blocks 0:10 of 30 of MODEL (ENGINE)``; empty for a seed or while nothing is chosen."""
     if not status.model or status.end_block <= status.first_block:
         return ""
+    engine = f" ({status.engine})" if status.engine else ""
     return (
-        f"serving blocks {status.first_block}:{status.end_block} of {status.model_blocks} "
-        f"of {status.model} ({status.engine})"
+        f"blocks {status.first_block}:{status.end_block} of {status.model_blocks} "
+        f"of {status.model}{engine}"
     )
 
 

@@ -74,6 +74,8 @@ class SwarmPlan:
     start_deadline_s: float = 90.0
     places: tuple[Place, ...] = ()
     metrics: bool = True
+    program: Path = SWARM_NODE
+    """The command ``swarm-node``; by default that of the environment that we run in."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -136,10 +138,16 @@ class Member:
             if event.get("event") == "ready":
                 self.ready = event
 
+    def stop(self) -> int:
+        """End it cleanly; its exit code. A second call only gives the code again."""
+        code = self.process.stop()
+        self._reader.join()
+        return code
+
     def _read(self) -> None:
         stdout = self.process.stdout
         if stdout is not None:
-            with self.log.open("ab") as log:
+            with stdout, self.log.open("ab") as log:
                 for line in stdout:
                     log.write(line)
                     log.flush()
@@ -219,7 +227,7 @@ class LocalSwarm:
             for member in group:
                 member.process.ask_to_stop()
             for member in group:
-                codes[member.name] = member.process.stop()
+                codes[member.name] = member.stop()
         if self._folder is not None and not keep_logs:
             self._folder.cleanup()
         self._folder = None
@@ -231,7 +239,7 @@ class LocalSwarm:
         number = len(self._members)
         if place is None:
             place = self.plan.places[number] if number < len(self.plan.places) else LOOPBACK
-        command = [*place.command_prefix, str(SWARM_NODE), *arguments]
+        command = [*place.command_prefix, str(self.plan.program), *arguments]
         command += ["--identity", str(logs / f"{name}.key"), "--name", name, "--json"]
         command += ["--listen", f"/ip4/{place.listen_ip}/tcp/0"]
         member = Member(name, command, self.plan, logs)

@@ -15,16 +15,12 @@ nothing to clean up after a crash. Needs Linux, root, /dev/net/tun and iproute2;
 from __future__ import annotations
 
 import argparse
-import ctypes
-import fcntl
 import json
 import os
 import shutil
 import socket
-import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,14 +31,11 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.link_emulator import EmulatorClient, Link
+from scripts.network_namespace import command_prefix, new_namespace, open_tun, run_inside
 from scripts.process_keeper import KeptProcess
 
 __all__ = ["Gateway", "Host", "Lab", "LabUnavailable", "Link", "why_unavailable"]
 
-CLONE_NEWNET = 0x40000000
-TUNSETIFF = 0x400454CA
-IFF_TUN = 0x0001
-IFF_NO_PI = 0x1000
 PUBLIC_NETWORK = "10.99"
 INSIDE_NETWORK = "10.{}"  # the gateways count up from 100
 MTU_BYTES = 1500
@@ -85,7 +78,7 @@ class Host:
     @property
     def command_prefix(self) -> tuple[str, ...]:
         """What to put before a command so that it runs on this host, while the lab lives."""
-        return ("nsenter", f"--net=/proc/{os.getpid()}/fd/{self.namespace}", "--")
+        return command_prefix(self.namespace)
 
     def popen(
         self,
@@ -261,9 +254,9 @@ class Lab:
         self._emulator.pipe(f"{name}/down", link)
 
     def _new_host(self, network: str) -> tuple[int, Port]:
-        namespace = _new_namespace()
+        namespace = new_namespace()
         try:
-            _in_namespace(namespace, "ip", "link", "set", "lo", "up")
+            run_inside(namespace, "ip", "link", "set", "lo", "up")
             return namespace, self._new_port(network, "lab0", namespace)
         except BaseException:
             os.close(namespace)
@@ -272,11 +265,11 @@ class Lab:
     def _new_port(self, network: str, device: str, namespace: int) -> Port:
         self._ports += 1
         port = Port(self._ports, f"{network}.{self._ports // 250}.{self._ports % 250 + 1}")
-        tun = _open_tun(namespace, device)
+        tun = open_tun(namespace, device)
         try:
-            _in_namespace(namespace, "ip", "addr", "add", f"{port.address}/16", "dev", device)
+            run_inside(namespace, "ip", "addr", "add", f"{port.address}/16", "dev", device)
             mtu = str(MTU_BYTES)
-            _in_namespace(namespace, "ip", "link", "set", device, "mtu", mtu, "up")
+            run_inside(namespace, "ip", "link", "set", device, "mtu", mtu, "up")
             self._emulator.port(port.number, tun)
         finally:
             os.close(tun)
@@ -295,66 +288,10 @@ def why_unavailable() -> str | None:
         if shutil.which(program) is None:
             return f"the network lab needs the program {program!r} (iproute2, util-linux)"
     try:
-        os.close(_new_namespace())
+        os.close(new_namespace())
     except OSError as error:
         return f"the network lab cannot make network namespaces: {error.strerror}"
     return None
-
-
-def _in_namespace(namespace: int, *command: str) -> None:
-    prefix = ("nsenter", f"--net=/proc/{os.getpid()}/fd/{namespace}", "--")
-    done = subprocess.run([*prefix, *command], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise LabUnavailable(f"{' '.join(command)} failed: {done.stderr.strip()}")
-
-
-def _system_call(name: str, *arguments: int) -> None:
-    library = ctypes.CDLL(None, use_errno=True)
-    if getattr(library, name)(*arguments) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
-class _ThreadOfItsOwn(threading.Thread):
-    """Changes its own namespace, which no other thread sees, and ends."""
-
-    def __init__(self, namespace: int | None, device: str | None) -> None:
-        super().__init__()
-        self._namespace = namespace
-        self._device = device
-        self.descriptor = -1
-        self.error: OSError | None = None
-
-    def run(self) -> None:
-        try:
-            if self._namespace is None or self._device is None:
-                _system_call("unshare", CLONE_NEWNET)
-                self.descriptor = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            else:
-                _system_call("setns", self._namespace, CLONE_NEWNET)
-                self.descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
-                request = struct.pack("16sH22x", self._device.encode(), IFF_TUN | IFF_NO_PI)
-                fcntl.ioctl(self.descriptor, TUNSETIFF, request)
-        except OSError as error:
-            self.error = error
-
-    def result(self) -> int:
-        """The descriptor that it opened. Raises OSError."""
-        self.start()
-        self.join()
-        if self.error is not None:
-            raise self.error
-        return self.descriptor
-
-
-def _new_namespace() -> int:
-    """A descriptor that keeps a new network namespace alive."""
-    return _ThreadOfItsOwn(None, None).result()
-
-
-def _open_tun(namespace: int, device: str) -> int:
-    """A TUN device in ``namespace``; it vanishes when all copies of the descriptor are closed."""
-    return _ThreadOfItsOwn(namespace, device).result()
 
 
 def measure(one: Host, other: Host, probe: str, amount: int, *, timeout_s: float = 60.0) -> float:
@@ -407,7 +344,7 @@ def main() -> None:
     console = Console()
     try:
         sys.exit(0 if check(console) else 1)
-    except LabUnavailable as error:
+    except (LabUnavailable, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         sys.exit(1)
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 from scripts.local_swarm import (
@@ -43,14 +44,14 @@ def start(console: Console, model: Path, running: contextlib.ExitStack) -> Local
         swarm = running.enter_context(LocalSwarm(SwarmPlan(model, equal_spans(blocks, NODES))))
     took_s = time.monotonic() - started_s
     done(console, f"a seed and {NODES} nodes are up on this machine  [dim]({took_s:.0f} s)[/]")
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 4))
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
     for node in swarm.nodes:
         span = node.span
         before, held = "·" * span.first_block, "█" * (span.end_block - span.first_block)
         bar = f"[dim]{before}[/][green]{held}[/][dim]{'·' * (blocks - span.end_block)}[/]"
         name = f"blocks {span.first_block}-{span.end_block - 1}"
         table.add_row(node.name, bar, name, f"[dim]{node.peer_id[:8]}…{node.peer_id[-4:]}[/]")
-    console.print(table)
+    console.print(Padding(table, (0, 0, 0, 4)))
     return swarm
 
 

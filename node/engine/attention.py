@@ -1,7 +1,7 @@
 """Our attention, registered through the attention interface of transformers.
 
-A layer calls it with queries, keys and values of all tokens of a :class:`RaggedBatch`, which reaches
-it through the layer's keyword arguments. transformers' own caches and masks are not involved.
+A layer calls it with queries, keys and values of all tokens of a :class:`RaggedBatch`, which
+reaches it through the layer's keyword arguments. transformers' own caches and masks are not involved.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from swarm.node.engine.ragged import RaggedBatch
 
@@ -24,7 +23,7 @@ def register_attention() -> None:
 
 
 def ragged_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -44,7 +43,7 @@ def ragged_attention(
     batch inside the span: layers know their own index inside the span only.
     """
     attended = ragged_batch.attend(
-        module.layer_idx - block_offset,  # type: ignore[operator]
+        module.layer_idx - block_offset,
         query[0].transpose(0, 1).contiguous(),
         torch.stack((key[0], value[0])).permute(2, 0, 1, 3),
         scaling=scaling,

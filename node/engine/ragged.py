@@ -202,8 +202,7 @@ def _row(
         queries = torch.arange(first_query, end, device=query.device)[:, None]
         keys = torch.arange(first, end, device=query.device)[None, :]
         visible = keys <= queries
-        if not fits_window:
-            assert window is not None
+        if window is not None and not fits_window:
             visible &= keys > queries - window
         mask = _additive(visible, query.dtype)
     tokens = count - skipped

@@ -34,6 +34,10 @@ from swarm.protocol.tensors import WireTensor
 _log = logging.getLogger(__name__)
 _BUSY_WINDOW_S = 10.0
 _FLOAT16_MAXIMUM = 65504.0
+_ACTIVE_S = 0.5
+"""A session whose last step is younger counts as active: its next step is worth waiting for."""
+_GATHER_FRACTION = 0.1
+"""How long an idle device waits for more steps, as a share of the last batch's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ class Worker:
         self._waiting: list[_Job] = []
         self._changed = threading.Condition()
         self._stopping = False
+        self._last_steps: dict[int, float] = {}
+        self._last_compute_s = 0.0
         self._busy: deque[tuple[float, float]] = deque()
         self._observers: list[BatchObserver] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -96,13 +102,12 @@ class Worker:
         loop = self._start()
         rows, tokens, _ = step.activations.shape
         blocks = (cache.request.first_block, cache.request.end_block)
-        job = _Job(
-            cache, step, WaitingStep(id(cache), blocks, rows * tokens), loop.create_future()
-        )
+        job = _Job(cache, step, WaitingStep(id(cache), blocks, rows * tokens), loop.create_future())
         with self._changed:
             if self._stopping:
                 raise ProtocolError(ErrorCode.DRAINING, "the engine is closed")
             self._waiting.append(job)
+            self._last_steps[id(cache)] = job.queued_at_s
             self._changed.notify()
         try:
             return await asyncio.shield(job.future)
@@ -116,6 +121,7 @@ class Worker:
         with self._changed:
             dropped = [job for job in self._waiting if job.cache is cache]
             self._waiting = [job for job in self._waiting if job.cache is not cache]
+            self._last_steps.pop(id(cache), None)
         for job in dropped:
             _refuse(job, ProtocolError(ErrorCode.UNKNOWN_SESSION, "the session was closed"))
 
@@ -135,7 +141,9 @@ class Worker:
     def _start(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-            self._thread = threading.Thread(target=self._run, name="swarm-device", daemon=True)
+            self._thread = threading.Thread(
+                target=self._run, args=(self._loop,), name="swarm-device", daemon=True
+            )
             self._thread.start()
         return self._loop
 
@@ -148,23 +156,10 @@ class Worker:
         return True
 
     # --- the device thread --------------------------------------------------------------------
-    def _run(self) -> None:
-        assert self._loop is not None
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-        while True:
-            with self._changed:
-                while not self._waiting and not self._stopping:
-                    self._changed.wait()
-                if self._stopping:
-                    return
-                chosen = set(choose_batch([job.waiting for job in self._waiting], self._limits))
-                jobs = [job for index, job in enumerate(self._waiting) if index in chosen]
-                self._waiting = [
-                    job for index, job in enumerate(self._waiting) if index not in chosen
-                ]
-                for job in jobs:
-                    job.cache.steps_running += 1
+        while jobs := self._take():
             started_s = time.perf_counter()
             try:
                 results = compute_batch(self._span, [(job.cache, job.step) for job in jobs])
@@ -173,6 +168,7 @@ class Worker:
                 failed = ProtocolError(ErrorCode.INTERNAL, "the batch failed")
                 results = [failed] * len(jobs)
             ended_s = time.perf_counter()
+            self._last_compute_s = ended_s - started_s
             report = BatchReport(
                 steps=len(jobs),
                 tokens=sum(job.waiting.tokens for job in jobs),
@@ -181,9 +177,38 @@ class Worker:
             )
             # The loop may be closed when a program ends without closing the engine.
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(
-                    self._deliver, jobs, results, report, started_s, ended_s
-                )
+                loop.call_soon_threadsafe(self._deliver, jobs, results, report, started_s, ended_s)
+
+    def _take(self) -> list[_Job]:
+        """Wait for the next batch; empty at the end."""
+        with self._changed:
+            while not self._stopping:
+                if not self._waiting:
+                    self._changed.wait_for(lambda: self._waiting or self._stopping)
+                    self._gather()
+                chosen = set(choose_batch([job.waiting for job in self._waiting], self._limits))
+                jobs = [job for index, job in enumerate(self._waiting) if index in chosen]
+                self._waiting = [
+                    job for index, job in enumerate(self._waiting) if index not in chosen
+                ]
+                for job in jobs:
+                    job.cache.steps_running += 1
+                if jobs:  # none when the waiting one was withdrawn meanwhile
+                    return jobs
+        return []
+
+    def _gather(self) -> None:
+        """Give steps that arrive together, but one by one, the time to meet in one batch.
+
+        Without it the first of them runs alone and the others wait for it. A lone session never
+        waits.
+        """
+        since = time.perf_counter() - _ACTIVE_S
+        self._last_steps = {key: at for key, at in self._last_steps.items() if at > since}
+        self._changed.wait_for(
+            lambda: self._stopping or len(self._waiting) >= len(self._last_steps),
+            timeout=_GATHER_FRACTION * self._last_compute_s,
+        )
 
     def _deliver(
         self,
@@ -195,8 +220,10 @@ class Worker:
     ) -> None:
         """On the event loop: wake those who wait."""
         self._busy.append((started_s, ended_s))
+        with self._changed:
+            for job in jobs:
+                job.cache.steps_running -= 1
         for job, result in zip(jobs, results, strict=True):
-            job.cache.steps_running -= 1
             job.cache.release_if_idle()
             if isinstance(result, ProtocolError):
                 _refuse(job, result)
@@ -278,9 +305,7 @@ def _prepare(span: Span, cache: SpanCache, step: StepInput) -> torch.Tensor:
     return hidden.to(device=span.device, dtype=span.dtype)
 
 
-def _finish(
-    cache: SpanCache, step: StepInput, output: torch.Tensor
-) -> WireTensor | ProtocolError:
+def _finish(cache: SpanCache, step: StepInput, output: torch.Tensor) -> WireTensor | ProtocolError:
     """Check and convert one session's ``[rows * tokens, hidden]``; its cache grows on success."""
     rows, tokens, hidden_size = step.activations.shape
     wanted = output.view(rows, tokens, hidden_size)[:, tokens - step.output_tokens :]

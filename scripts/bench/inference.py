@@ -105,6 +105,9 @@ class Bench:
                 variants = self._compare_with_loopback(stack, folder, settings.link)
             before = {name: dict(self._node_memory(swarm)) for name, swarm in _swarms(variants)}
             for variant in variants:
+                self._tell(f"{variant.name}: loading")
+                variant.worker.wait_until_ready()
+            for variant in variants:
                 self._tell(f"{variant.name}: warming up")
                 variant.worker.generate(LONG_PROMPT_TOKENS, 4)
             for repetition in range(settings.repetitions):
@@ -396,7 +399,8 @@ def parse_settings() -> tuple[Settings, bool]:
     if unknown := set(models) - set(MODELS):
         parser.error(f"unknown model: {', '.join(sorted(unknown))}")
     if options.quick:
-        settings = Settings(("smollm2",), (3,), (1, 8), 3, 24, options.threads, options.link)
+        sessions = () if options.link else (1, 8)
+        settings = Settings(("smollm2",), (3,), sessions, 3, 24, options.threads, options.link)
     else:
         settings = Settings(
             models,
@@ -418,7 +422,7 @@ def main() -> None:
     started_s = time.monotonic()
     try:
         reports = run(settings, console)
-    except (LabUnavailable, PreparationError, SwarmStartError, WorkerError) as error:
+    except (LabUnavailable, OSError, PreparationError, SwarmStartError, WorkerError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         sys.exit(1)
     except KeyboardInterrupt:

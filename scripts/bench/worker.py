@@ -64,7 +64,7 @@ class Generation:
 
 
 class Worker:
-    """A worker process. Entering the ``with`` block waits until its model is loaded."""
+    """A worker process. It loads its model on its own while others start."""
 
     def __init__(
         self,
@@ -81,6 +81,7 @@ class Worker:
         self._command += [kind, str(model), dtype, *([peer] if peer is not None else [])]
         self._threads = threads
         self._log = log
+        self._is_ready = False
         self._resources = ExitStack()
 
     def __enter__(self) -> Worker:
@@ -97,11 +98,6 @@ class Worker:
                 stderr=log,
             )
         )
-        try:
-            self._answer()
-        except BaseException:
-            self._resources.close()
-            raise
         return self
 
     def __exit__(
@@ -112,11 +108,18 @@ class Worker:
     ) -> None:
         self._resources.close()
 
+    def wait_until_ready(self) -> None:
+        """Wait until its model is loaded. Raises WorkerError."""
+        if not self._is_ready:
+            self._answer()
+            self._is_ready = True
+
     def generate(self, prompt_tokens: int, new_tokens: int, sessions: int = 0) -> Generation:
         """Have it generate; blocks until it is done. 0 sessions: one, by ``generate``.
 
         Raises WorkerError.
         """
+        self.wait_until_ready()
         stdin = self._process.stdin
         if stdin is None:
             raise WorkerError("the worker has not started")
@@ -204,7 +207,8 @@ class ManySessions:
         return self._runner.run(self._generate(prompt_tokens, new_tokens, sessions))
 
     async def _generate(self, prompt_tokens: int, new_tokens: int, sessions: int) -> dict[str, Any]:
-        from swarm.client.generate import SamplingSettings, stream_generate
+        from swarm.client.config import SamplingSettings
+        from swarm.client.generate import stream_generate
 
         settings = SamplingSettings(max_new_tokens=new_tokens)
 

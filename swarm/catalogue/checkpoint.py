@@ -75,7 +75,7 @@ _CONFIG_KEYS_WITHOUT_MEANING = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: row-major, little endian, ``size_bytes`` from ``offset`` of ``file``."""
+    """Where one tensor lies: row-major, little endian, ``size_bytes`` at ``offset`` of ``file``."""
 
     name: str
     file: Path
@@ -98,7 +98,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Read configuration and headers, not the weights. Raises CheckpointError in plain words."""
+        """Read configuration and headers, no weights. Raises CheckpointError in plain words."""
         directory = Path(path)
         config = _read_json(directory / "config.json", _MAX_CONFIG_BYTES)
         if not isinstance(config, dict):
@@ -303,7 +303,8 @@ def _tensor_info(
     if not isinstance(entry, dict):
         raise damaged
     dtype = _SAFETENSORS_DTYPES.get(str(entry.get("dtype")))
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if dtype is None:
         raise CheckpointError(f"{file}: tensor {name} has an unknown dtype {entry.get('dtype')!r}")
     if not _are_naturals(shape) or not _are_naturals(offsets) or len(offsets) != 2:

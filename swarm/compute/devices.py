@@ -13,7 +13,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu`` (with an optional index) as a torch device."""
+    """``auto``, ``cpu``, ``cuda``, ``mps`` or ``xpu`` (also with an index) as a torch device."""
     if name == "auto":
         for kind in ("cuda", "xpu", "mps"):
             if _is_available(kind):

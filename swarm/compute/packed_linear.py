@@ -6,7 +6,7 @@ Packed weights have no gradient: for inference only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -14,16 +14,27 @@ from torch import nn
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 _EXPECTED_ROWS = 16
-"""Batch size for which oneDNN chooses the layout. The one chosen for a single row is slower even for
-a single row (576 x 1536 float32: 450 against 170 us), and much slower for a few."""
+"""Batch size for which oneDNN chooses the layout. Its layout for a single row is slower even for a
+single row (576 x 1536 float32: 450 against 170 us), and much slower for a few."""
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(  # noqa: SLF001
+        weight, _EXPECTED_ROWS
+    )
+    return packed
+
+
+def _operator() -> Callable[..., torch.Tensor]:
+    operator: Callable[..., torch.Tensor] = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001
+    return operator
 
 
 @cache
 def packing_is_available() -> bool:
     """Whether this build of torch has the operators (they are not part of its public API)."""
     try:
-        weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16), 1)
-        output = torch.ops.mkldnn._linear_pointwise(torch.ones(1, 16), weight, None, "none", [], "")
+        output = _operator()(torch.ones(1, 16), _pack(torch.ones(16, 16)), None, "none", [], "")
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     return bool((output == 16).all())
@@ -39,15 +50,12 @@ class PackedLinear(nn.Module):
         self.weight_dtype = weight.dtype
         self.bias = None if bias is None else bias.detach().contiguous()
         # Plain attributes: a packed weight is opaque, so no parameter, and not in a state dict.
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(
-            weight.detach().contiguous(), _EXPECTED_ROWS
-        )
-        self._operator = torch.ops.mkldnn._linear_pointwise.default
+        self._weight = _pack(weight.detach().contiguous())
+        self._operator = _operator()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        output: torch.Tensor = self._operator(hidden, self._weight, self.bias, "none", [], "")
-        return output
+        return self._operator(hidden, self._weight, self.bias, "none", [], "")
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.weight_dtype}, packed"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from swarm.protocol.tensors import DType, WireTensor
@@ -31,7 +33,18 @@ def tensor_from_wire(
 
 
 def tensor_to_wire(tensor: torch.Tensor, dtype: DType) -> WireTensor:
-    """A wire tensor (encoding RAW); shares memory when ``tensor`` is contiguous, CPU, ``dtype``."""
+    """A wire tensor (encoding RAW).
+
+    Shares memory when ``tensor`` is contiguous, on the CPU, of ``dtype`` and all of its storage: a
+    part of a larger tensor is copied, so that keeping the part does not keep the whole.
+    """
     converted = tensor.detach().to("cpu", TORCH_DTYPES[dtype]).contiguous()
-    data = memoryview(converted.view(-1).view(torch.uint8).numpy())
-    return WireTensor(dtype, tuple(converted.shape), data)
+    if converted.untyped_storage().nbytes() > converted.numel() * converted.element_size():
+        converted = converted.clone()
+    return WireTensor(dtype, tuple(converted.shape), byte_view(converted))
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    flat: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

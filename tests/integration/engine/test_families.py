@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
 import pytest
+import torch
+
+from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
+from swarm.node.engine.api import CacheRequest, StepInput
+from swarm.node.engine.cache import CacheBudget, SpanCache
+from swarm.node.engine.span_loader import load_span
+from swarm.node.engine.worker import compute_batch
+from swarm.protocol.tensors import DType, WireTensor
 
 FAMILY_NAMES = [
     "llama",
@@ -32,7 +40,7 @@ def assert_same_logits(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-async def test_chunks_then_single_tokens(family, make_tiny, load_chain) -> None:  # type: ignore[no-untyped-def]
+async def test_chunks_then_single_tokens(family: str, make_tiny: Any, load_chain: Any) -> None:
     tiny = make_tiny(family)
     chain = load_chain(tiny, SPANS)
     tokens = tokens_of(1, 48)
@@ -48,7 +56,7 @@ async def test_chunks_then_single_tokens(family, make_tiny, load_chain) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-async def test_rollback_and_redo(family, make_tiny, load_chain) -> None:  # type: ignore[no-untyped-def]
+async def test_rollback_and_redo(family: str, make_tiny: Any, load_chain: Any) -> None:
     tiny = make_tiny(family)
     chain = load_chain(tiny, SPANS)
     kept, wrong, right = tokens_of(1, 20), tokens_of(1, 9, seed=2), tokens_of(1, 7, seed=3)
@@ -62,7 +70,9 @@ async def test_rollback_and_redo(family, make_tiny, load_chain) -> None:  # type
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-async def test_rows_with_left_padding_and_reorder(family, make_tiny, load_chain) -> None:  # type: ignore[no-untyped-def]
+async def test_rows_with_left_padding_and_reorder(
+    family: str, make_tiny: Any, load_chain: Any
+) -> None:
     tiny = make_tiny(family)
     chain = load_chain(tiny, SPANS)
     padding = (0, 5, 19)
@@ -91,17 +101,8 @@ async def test_rows_with_left_padding_and_reorder(family, make_tiny, load_chain)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-async def test_sessions_at_different_positions_in_one_batch(  # type: ignore[no-untyped-def]
-    family, make_tiny
-) -> None:
+def test_sessions_at_different_positions_in_one_batch(family: str, make_tiny: Any) -> None:
     """The same steps in one batch and alone; also with transformers' modules unreplaced."""
-    from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
-    from swarm.node.engine.api import CacheRequest, StepInput
-    from swarm.node.engine.cache import CacheBudget, SpanCache
-    from swarm.node.engine.span_loader import load_span
-    from swarm.node.engine.worker import compute_batch
-    from swarm.protocol.tensors import DType, WireTensor
-
     tiny = make_tiny(family)
     lengths, new_tokens, rows = (5, 30, 12, 1), (1, 1, 6, 20), (1, 2, 1, 1)
     all_results = []

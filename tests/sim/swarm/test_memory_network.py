@@ -7,6 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,8 +20,13 @@ from swarm.memory_network import (
 )
 from swarm.ports import DirectoryEntry, Stream
 from swarm.protocol.errors import NetworkError, PeerUnreachable
-from swarm.protocol.records import expected_key, sign_record
+from swarm.protocol.identity import Identity
+from swarm.protocol.records import NodeRecord, expected_key, sign_record
 from swarm.virtual_time import LoopClock, run
+
+MakeIdentity = Callable[[int], Identity]
+MakeRecord = Callable[..., NodeRecord]
+Simulate = Callable[..., None]
 
 
 async def echo(stream: Stream) -> None:
@@ -36,14 +42,14 @@ async def ask(stream: Stream, content: bytes) -> bytes:
 
 
 @pytest.fixture
-def simulate(identity):
+def simulate(identity: MakeIdentity) -> Simulate:
     """Run ``story(network, client, server)`` in virtual time; the server echoes."""
 
     def simulation(
         story: Callable[[MemoryNetwork, MemoryPeer, MemoryPeer], Awaitable[None]],
         *,
         seed: int = 0,
-        **settings: object,
+        **settings: Any,
     ) -> None:
         async def main() -> None:
             network = MemoryNetwork(seed, replace(MemorySettings(), **settings))
@@ -59,8 +65,8 @@ def simulate(identity):
     return simulation
 
 
-def test_echo_and_identity(simulate):
-    async def story(network, client, server):
+def test_echo_and_identity(simulate: Simulate) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         stream = await client.open(server.peer_id, "echo")
         assert stream.remote_peer == server.peer_id
         assert await ask(stream, b"content") == b"\0\0\0\7content"
@@ -70,8 +76,8 @@ def test_echo_and_identity(simulate):
     simulate(story)
 
 
-def test_latency_is_paid_once_each_way(simulate):
-    async def story(network, client, server):
+def test_latency_is_paid_once_each_way(simulate: Simulate) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         clock = LoopClock()
         stream = await client.open(server.peer_id, "echo")
         began_s = clock.monotonic_s()
@@ -81,8 +87,8 @@ def test_latency_is_paid_once_each_way(simulate):
     simulate(story, link=LinkSettings(latency_s=0.05))
 
 
-def test_streams_share_the_rate_of_a_link(simulate):
-    async def story(network, client, server):
+def test_streams_share_the_rate_of_a_link(simulate: Simulate) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         clock = LoopClock()
         streams = [await client.open(server.peer_id, "echo") for _ in range(2)]
         began_s = clock.monotonic_s()
@@ -93,8 +99,8 @@ def test_streams_share_the_rate_of_a_link(simulate):
     simulate(story, link=LinkSettings(rate_bytes_per_s=1e6))
 
 
-def test_jitter_and_loss_delay_but_keep_the_order(simulate):
-    async def story(network, client, server):
+def test_jitter_and_loss_delay_but_keep_the_order(simulate: Simulate) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         clock = LoopClock()
         stream = await client.open(server.peer_id, "echo")
         began_s = clock.monotonic_s()
@@ -107,8 +113,8 @@ def test_jitter_and_loss_delay_but_keep_the_order(simulate):
     simulate(story, seed=7, link=LinkSettings(latency_s=0.01, jitter_s=0.02, loss=0.3))
 
 
-def test_a_sender_waits_for_a_reader(simulate):
-    async def story(network, client, server):
+def test_a_sender_waits_for_a_reader(simulate: Simulate) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         sent = 0
 
         async def silent(stream: Stream) -> None:
@@ -132,8 +138,8 @@ def test_a_sender_waits_for_a_reader(simulate):
     simulate(story, window_bytes=4 * 65536)
 
 
-def test_a_cancelled_read_loses_nothing(simulate):
-    async def story(network, client, server):
+def test_a_cancelled_read_loses_nothing(simulate: Simulate) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         stream = await client.open(server.peer_id, "echo")
         await stream.send(b"\0\0\0\4", b"abcd")
         with pytest.raises(TimeoutError):
@@ -144,8 +150,8 @@ def test_a_cancelled_read_loses_nothing(simulate):
     simulate(story)
 
 
-def test_closing_delivers_what_was_sent_before(simulate):
-    async def story(network, client, server):
+def test_closing_delivers_what_was_sent_before(simulate: Simulate) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         received = asyncio.get_running_loop().create_future()
 
         async def collect(stream: Stream) -> None:
@@ -166,8 +172,8 @@ def test_closing_delivers_what_was_sent_before(simulate):
     simulate(story, link=LinkSettings(latency_s=0.05))
 
 
-def test_a_crash_breaks_streams_after_the_latency(simulate):
-    async def story(network, client, server):
+def test_a_crash_breaks_streams_after_the_latency(simulate: Simulate) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         clock = LoopClock()
         stream = await client.open(server.peer_id, "echo")
         network.crash(server.peer_id)
@@ -185,8 +191,8 @@ def test_a_crash_breaks_streams_after_the_latency(simulate):
     simulate(story, link=LinkSettings(latency_s=0.05))
 
 
-def test_a_cut_is_silent_and_heals(simulate):
-    async def story(network, client, server):
+def test_a_cut_is_silent_and_heals(simulate: Simulate) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         clock = LoopClock()
         stream = await client.open(server.peer_id, "echo")
         network.partition([server.peer_id])
@@ -197,8 +203,8 @@ def test_a_cut_is_silent_and_heals(simulate):
     simulate(story)
 
 
-def test_a_long_cut_ends_streams_and_dials(simulate):
-    async def story(network, client, server):
+def test_a_long_cut_ends_streams_and_dials(simulate: Simulate) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         clock = LoopClock()
         stream = await client.open(server.peer_id, "echo")
         network.cut(client.peer_id, server.peer_id)
@@ -212,8 +218,10 @@ def test_a_long_cut_ends_streams_and_dials(simulate):
     simulate(story)
 
 
-def test_unknown_protocols_and_peers_are_refused(simulate, identity):
-    async def story(network, client, server):
+def test_unknown_protocols_and_peers_are_refused(
+    simulate: Simulate, identity: MakeIdentity
+) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         with pytest.raises(PeerUnreachable, match="nothing"):
             await client.open(server.peer_id, "nothing")
         with pytest.raises(PeerUnreachable):
@@ -222,8 +230,10 @@ def test_unknown_protocols_and_peers_are_refused(simulate, identity):
     simulate(story)
 
 
-def test_a_failing_handler_only_ends_its_stream(simulate, caplog):
-    async def story(network, client, server):
+def test_a_failing_handler_only_ends_its_stream(
+    simulate: Simulate, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         async def fail(stream: Stream) -> None:
             raise RuntimeError("a bug")
 
@@ -238,8 +248,10 @@ def test_a_failing_handler_only_ends_its_stream(simulate, caplog):
 
 
 # --- directory -----------------------------------------------------------------------------------
-def test_records_are_found_until_they_expire(simulate, identity, node_record):
-    async def story(network, client, server):
+def test_records_are_found_until_they_expire(
+    simulate: Simulate, identity: MakeIdentity, node_record: MakeRecord
+) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         clock = LoopClock()
         record = node_record(identity(2), expires_unix_s=int(clock.unix_s()) + 60)
         key, value = expected_key(record), sign_record(identity(2), record)
@@ -254,9 +266,9 @@ def test_records_are_found_until_they_expire(simulate, identity, node_record):
 
 
 def test_forged_records_are_dropped_where_they_are_stored_and_where_they_are_read(
-    simulate, identity, node_record
-):
-    async def story(network, client, server):
+    simulate: Simulate, identity: MakeIdentity, node_record: MakeRecord
+) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         record = node_record(identity(2), expires_unix_s=int(LoopClock().unix_s()) + 60)
         key, value = expected_key(record), sign_record(identity(2), record)
         assert not await client.store(key, value, record.expires_unix_s)
@@ -268,8 +280,10 @@ def test_forged_records_are_dropped_where_they_are_stored_and_where_they_are_rea
     simulate(story)
 
 
-def test_an_old_record_never_replaces_a_newer_one(simulate, identity, node_record):
-    async def story(network, client, server):
+def test_an_old_record_never_replaces_a_newer_one(
+    simulate: Simulate, identity: MakeIdentity, node_record: MakeRecord
+) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         now = int(LoopClock().unix_s())
         old = node_record(identity(2), sequence=1, expires_unix_s=now + 60)
         new = node_record(identity(2), sequence=2, expires_unix_s=now + 61)
@@ -282,7 +296,9 @@ def test_an_old_record_never_replaces_a_newer_one(simulate, identity, node_recor
     simulate(story)
 
 
-def test_records_survive_some_of_their_keepers(identity, node_record):
+def test_records_survive_some_of_their_keepers(
+    identity: MakeIdentity, node_record: MakeRecord
+) -> None:
     async def main() -> None:
         network = MemoryNetwork(3)
         peers = [network.join(identity(number)) for number in range(1, 21)]
@@ -313,15 +329,15 @@ def trace(seed: int, hash_seed: str) -> str:
     ).stdout
 
 
-def test_a_seed_fixes_every_event():
+def test_a_seed_fixes_every_event() -> None:
     first = trace(1, "0")
     assert first.count("\n") > 150
     assert first == trace(1, "1") == trace(1, "12345")
     assert first != trace(2, "0")
 
 
-def test_streams_do_not_pile_up(simulate):
-    async def story(network, client, server):
+def test_streams_do_not_pile_up(simulate: Simulate) -> None:
+    async def story(network: MemoryNetwork, client: MemoryPeer, server: MemoryPeer) -> None:
         for _ in range(10):
             stream: MemoryStream = await client.open(server.peer_id, "echo")
             await stream.close()

@@ -8,7 +8,7 @@ import pytest
 from swarm.virtual_time import STARTED_UNIX_S, DeadlockError, LoopClock, run
 
 
-def test_an_hour_takes_no_time():
+def test_an_hour_takes_no_time() -> None:
     async def main() -> float:
         clock = LoopClock()
         began_s = clock.monotonic_s()
@@ -21,7 +21,7 @@ def test_an_hour_takes_no_time():
     assert time.perf_counter() - began_s < 1
 
 
-def test_timers_fire_in_their_order():
+def test_timers_fire_in_their_order() -> None:
     async def main() -> list[float]:
         fired = []
 
@@ -37,7 +37,7 @@ def test_timers_fire_in_their_order():
     assert run(main()) == [0.001, 1, 2.5, 3]
 
 
-def test_waiting_for_nothing_is_an_error():
+def test_waiting_for_nothing_is_an_error() -> None:
     async def main() -> None:
         await asyncio.Event().wait()
 
@@ -45,7 +45,7 @@ def test_waiting_for_nothing_is_an_error():
         run(main())
 
 
-def test_timeouts_work():
+def test_timeouts_work() -> None:
     async def main() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(30):
@@ -54,7 +54,7 @@ def test_timeouts_work():
     run(main())
 
 
-async def test_the_clock_follows_a_real_loop():
+async def test_the_clock_follows_a_real_loop() -> None:
     clock = LoopClock()
     assert abs(clock.unix_s() - time.time()) < 1
     assert clock.monotonic_s() == pytest.approx(asyncio.get_running_loop().time(), abs=1)

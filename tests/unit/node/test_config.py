@@ -69,6 +69,8 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
         ("listen_addresses = []", ["listen_addresses"]),
         ("announce_period_s = 0.1", ["announce_period_s"]),
         ('log_level = "loud"', ["loud"]),
+        ('display_name = "a\\nb"', ["display_name"]),
+        (f'display_name = "{"ä" * 33}"', ["display_name", "64"]),
         ("model = ", ["TOML"]),
     ],
 )

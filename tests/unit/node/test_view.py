@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from dataclasses import replace
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from swarm.node.view import (
     JsonView,
+    LiveView,
     NodeStatus,
     PlainView,
     RecentRate,
@@ -119,9 +121,54 @@ def test_plain_lines() -> None:
     stream = io.StringIO()
     PlainView(stream).ready(ONLINE)
     first, address, metrics = stream.getvalue().splitlines()
-    assert first.startswith("online as 12D3KooWExample serving blocks 10:20 of 30 of SmolLM2")
+    assert first.startswith("online as 12D3KooWExample, blocks 10:20 of 30 of SmolLM2")
     assert address == "address /ip4/127.0.0.1/tcp/1/p2p/12D3KooWExample"
     assert metrics == "metrics http://127.0.0.1:9331/metrics"
+
+
+def test_a_seed_has_no_blocks_to_speak_of() -> None:
+    stream = io.StringIO()
+    PlainView(stream).ready(NodeStatus(state="online", peer_id="12D3KooWSeed"))
+    assert stream.getvalue() == "online as 12D3KooWSeed\n"
+
+
+async def test_plain_lines_tell_each_change_of_state_once() -> None:
+    stream = io.StringIO()
+    states = iter(["starting", "starting", "loading"])
+
+    def status() -> NodeStatus:
+        state = next(states, None)
+        if state is None:
+            raise LookupError
+        return replace(ONLINE, state=state, engine="")
+
+    with pytest.raises(LookupError):
+        await PlainView(stream, period_s=0.0).watch(status)
+    assert stream.getvalue().splitlines() == [
+        f"{state} blocks 10:20 of 30 of SmolLM2-135M-Instruct" for state in ("starting", "loading")
+    ]
+
+
+async def test_the_live_view_draws_until_it_is_cancelled() -> None:
+    console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
+    drawn_twice = asyncio.Event()
+    calls = 0
+
+    def status() -> NodeStatus:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            drawn_twice.set()
+        return ONLINE
+
+    watching = asyncio.create_task(LiveView(console, period_s=0.0).watch(status))
+    await drawn_twice.wait()
+    watching.cancel()
+    await asyncio.wait((watching,))
+    assert watching.cancelled()
+    text = console.export_text()
+    assert "10:20 of 30" in text
+    assert "stopped" in text
 
 
 def test_the_rate_forgets() -> None:

