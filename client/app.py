@@ -20,7 +20,7 @@ from swarm.client.chain import Chain, ChainObserver, ChainTimeouts, HopFailed, S
 from swarm.client.config import ClientSettings
 from swarm.membership import ModelSummary, list_models, read_nodes
 from swarm.ports import Clock, Directory, Transport
-from swarm.protocol.errors import ErrorCode, NetworkError, NoRouteError, SwarmError
+from swarm.protocol.errors import ErrorCode, NoRouteError, SwarmError
 from swarm.protocol.identity import PeerId
 from swarm.protocol.records import NodeRecord
 from swarm.protocol.tensors import DType

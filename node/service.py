@@ -141,7 +141,7 @@ class NodeService:
 
     # --- streams
     async def _serve_stream(self, stream: Stream) -> None:
-        connection = Connection(stream)
+        connection = Connection(stream, self._observer.bytes_moved)
         try:
             with self._counted(connection):
                 await self._converse(connection)
@@ -156,9 +156,6 @@ class NodeService:
             await connection.refuse(ProtocolError(ErrorCode.INTERNAL))
         finally:
             await connection.close()
-            self._observer.bytes_moved(
-                sent=connection.bytes_sent, received=connection.bytes_received
-            )
 
     @contextmanager
     def _counted(self, connection: Connection) -> Iterator[None]:
@@ -314,7 +311,7 @@ class NodeService:
         try:
             async with asyncio.timeout(self._limits.attach_timeout_s):
                 stream = await self._transport.open(peer, STREAM_PROTOCOL, addresses)
-                next_hop = Connection(stream)
+                next_hop = Connection(stream, self._observer.bytes_moved)
                 try:
                     await next_hop.say_hello(
                         Attach(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from swarm.ports import Buffer, Stream
 from swarm.protocol.codec import PREFIX_BYTES, decode, encode, read_prefix
@@ -35,14 +35,21 @@ SLOWEST_BYTES_PER_S = 64 * 1024
 M = TypeVar("M", bound=Message)
 
 
+class ByteObserver(Protocol):
+    """Told of every frame's size."""
+
+    def __call__(self, *, sent: int, received: int) -> None: ...
+
+
 class Connection:
     """Sends and receives messages; safe for one reader and any number of senders.
 
     Use as an async context manager: leaving it closes the stream.
     """
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, on_bytes: ByteObserver | None = None) -> None:
         self._stream = stream
+        self._on_bytes = on_bytes
         self._sending = asyncio.Lock()
         self.maximum_payload_bytes = 0
         """Largest tensor accepted from the peer; 0 until a session allows some."""
@@ -85,7 +92,10 @@ class Connection:
                 self.tensors_sent += 1
         async with self._sending:
             await self._stream.send(*buffers)
-        self.bytes_sent += sum(len(buffer) for buffer in buffers)
+        size_bytes = sum(len(buffer) for buffer in buffers)
+        self.bytes_sent += size_bytes
+        if self._on_bytes is not None:
+            self._on_bytes(sent=size_bytes, received=0)
 
     async def receive(self) -> Message:
         """Wait for the next message, however long that takes; a begun frame must not stall.
@@ -105,6 +115,8 @@ class Connection:
         except TimeoutError:
             raise ProtocolError(ErrorCode.TOO_SLOW, f"frame of {size_bytes} bytes") from None
         self.bytes_received += PREFIX_BYTES + size_bytes
+        if self._on_bytes is not None:
+            self._on_bytes(sent=0, received=PREFIX_BYTES + size_bytes)
         self.tensors_received += prefix.payload_bytes > 0
         header_bytes = prefix.header_bytes
         return decode(prefix, bytes(body[:header_bytes]), body[header_bytes:])

@@ -1,4 +1,4 @@
-"""What the rest of a node knows of its engine. Free of torch, so that simulations can plug in a toy.
+"""What the rest of a node knows of its engine. Free of torch: simulations plug in a toy.
 
 The service hands wire tensors in and gets wire tensors out; what happens in between (device,
 batching, attention) is the engine's own business.
@@ -14,7 +14,7 @@ from swarm.protocol.tensors import DType, WireTensor
 
 @dataclass(frozen=True, slots=True)
 class CacheRequest:
-    """The cache of one session on this node: ``rows x maximum_tokens`` for ``[first_block, end_block)``.
+    """One session's cache: ``rows x maximum_tokens`` for blocks ``[first_block, end_block)``.
 
     Block numbers are the model's, not the span's. ``left_padding`` is empty or has one count per
     row: that many leading positions are padding.

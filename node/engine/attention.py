@@ -1,7 +1,8 @@
 """Our attention, registered through the attention interface of transformers.
 
 A layer calls it with queries, keys and values of all tokens of a :class:`RaggedBatch`, which
-reaches it through the layer's keyword arguments. transformers' own caches and masks are not involved.
+reaches it through the layer's keyword arguments. The caches and masks of transformers are not
+involved.
 """
 
 from __future__ import annotations
