@@ -30,7 +30,7 @@ from swarm.protocol.tensors import WireTensor
 MAX_HEADER_BYTES = 64 * 1024
 """Largest msgpack map of one message."""
 MAX_PAYLOAD_BYTES = 4 * 1024 * 1024
-"""Largest tensor of one message, as sent and as decompressed. Longer prompts go in several steps."""
+"""Largest tensor of one message, as sent and as decompressed. Longer prompts: several steps."""
 MAX_BLOCKS = 1024
 MAX_ROWS = 64
 MAX_TOKENS = 1 << 22
@@ -206,8 +206,8 @@ class Step(Message):
     A position below what is cached drops the rest of the cache first (rollback). ``row_order``
     (empty, or one source row for each row) permutes the cache before the step (beam search).
     ``output_tokens`` (at least 1) is how many trailing positions the client wants back from the
-    last hop; hops in between always get all of them. ``hop_queue_us`` and ``hop_compute_us`` have one entry per
-    hop passed so far.
+    last hop; hops in between always get all of them. ``hop_queue_us`` and ``hop_compute_us`` have
+    one entry per hop passed so far.
     """
 
     TAG = 9
@@ -224,7 +224,7 @@ class Step(Message):
 
 @dataclass(frozen=True, slots=True)
 class StepResult(Message):
-    """Last hop to client: the last ``output_tokens`` positions, ``[rows, output_tokens, hidden]``."""
+    """Last hop to client: the last positions, ``[rows, output_tokens, hidden]``."""
 
     TAG = 10
     step: int = wire(1, Uint(MAX_STEP))
@@ -269,7 +269,7 @@ class CloseSession(Message):
 
 @dataclass(frozen=True, slots=True)
 class SessionClosed(Message):
-    """Hop to client: everything is freed. The explicit end: a stream that stops without it broke."""
+    """Hop to client: everything is freed. A stream that stops without this broke."""
 
     TAG = 15
 

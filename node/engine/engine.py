@@ -17,7 +17,7 @@ from swarm.node.engine import capacity
 from swarm.node.engine.api import CacheRequest, EngineLoad, SessionCache, StepInput, StepOutput
 from swarm.node.engine.batching import BatchLimits
 from swarm.node.engine.cache import CacheBudget, SpanCache
-from swarm.node.engine.span_loader import Progress, Span, load_span
+from swarm.node.engine.span_loader import Progress, Span, load_span, return_freed_memory
 from swarm.node.engine.worker import BatchObserver, Worker
 from swarm.protocol.errors import ErrorCode, ProtocolError, UsageError
 from swarm.protocol.messages import MAX_PAYLOAD_BYTES
@@ -208,6 +208,7 @@ def load_engine_blocking(
         threads=threads,
         maximum_step_tokens=maximum_step_tokens,
     )
+    return_freed_memory()
     _log.info("engine ready: %s", engine.describe())
     return engine
 

@@ -118,7 +118,7 @@ def load_span(
         if replace and device.type == "cpu":
             replacements += replace_modules(layer)
         layers.append(layer)
-        _return_freed_memory()
+        return_freed_memory()
         if progress is not None:
             progress(index + 1, end_block - first_block)
     head_dim = getattr(config, "head_dim", None)
@@ -143,7 +143,7 @@ def load_span(
     )
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Give what packing has freed back to the system; glibc would keep it (40 % of a span)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from scripts.local_swarm import LocalSwarm, SwarmPlan, equal_spans
 from swarm.client import SwarmModelForCausalLM
 from swarm.client.app import SwarmClient
-from swarm.client.config import ClientSettings
-from swarm.client.generate import LocalModel, SamplingSettings, stream_generate
+from swarm.client.config import ClientSettings, SamplingSettings
+from swarm.client.generate import LocalModel, stream_generate
 from swarm.client.metrics import ClientMetrics
 
 BLOCKS = 30
