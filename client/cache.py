@@ -39,20 +39,20 @@ class SwarmCache(Cache):  # type: ignore[misc]
         self._rows = 0
         self._left_padding: tuple[int, ...] = ()
         self._row_order: tuple[int, ...] = ()
-        self._session = _Session(blocks, background)
-        self._finalizer = weakref.finalize(self, self._session.abandon)
+        self.session = RemoteSession(blocks, background)
+        self._finalizer = weakref.finalize(self, self.session.abandon)
         self._finalizer.atexit = False
 
     # --- what the model uses ----------------------------------------------------------------------
     @property
     def plan(self) -> ChainPlan | None:
         """The hops that serve this session; None before the first pass."""
-        return self._session.plan
+        return self.session.plan
 
     @property
     def passes(self) -> int:
         """Passes through the whole chain so far."""
-        return self._session.passes
+        return self.session.passes
 
     @property
     def left_padding(self) -> tuple[int, ...]:
@@ -89,8 +89,8 @@ class SwarmCache(Cache):  # type: ignore[misc]
             raise UsageError(
                 f"{self._length + tokens} tokens do not fit into a cache for {self._maximum_tokens}"
             )
-        result = self._session.step(
-            tensor_to_wire(activations, self._session.blocks.wire_dtype),
+        result = self.session.step(
+            tensor_to_wire(activations, self.session.blocks.wire_dtype),
             self._length,
             output_tokens,
             self._row_order,
@@ -102,7 +102,7 @@ class SwarmCache(Cache):  # type: ignore[misc]
 
     def close(self) -> None:
         """Free the session on the nodes; a second call does nothing."""
-        self._session.close()
+        self.session.close()
 
     def __enter__(self) -> SwarmCache:
         return self
@@ -178,7 +178,7 @@ class SwarmCache(Cache):  # type: ignore[misc]
         return f"SwarmCache(rows={self._rows}, tokens={self._length}/{self._maximum_tokens})"
 
 
-class _Session:
+class RemoteSession:
     """The chain behind a cache, driven from a synchronous thread.
 
     Apart from the cache, so that it can be freed after the cache was forgotten.

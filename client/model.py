@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from swarm.catalogue.checkpoint import Checkpoint, resolve_checkpoint
 from swarm.client.background import BackgroundLoop
-from swarm.client.cache import SwarmCache
+from swarm.client.cache import RemoteSession, SwarmCache
 from swarm.client.config import ClientSettings
 from swarm.client.ends import ModelEnds, read_generation_config, remote_blocks
 from swarm.client.remote_blocks import RemoteBlocks
@@ -56,7 +56,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self.ends = ends
         self._blocks = blocks
         self._background = background
-        self._latest_cache: SwarmCache | None = None
+        self._latest_session: RemoteSession | None = None
         self.eval()
 
     @classmethod
@@ -109,9 +109,9 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         return SwarmCache(self._blocks, self._background, maximum_tokens)
 
     @property
-    def latest_cache(self) -> SwarmCache | None:
-        """The cache of the latest pass: which hops served it (``plan``), how many ``passes``."""
-        return self._latest_cache
+    def latest_session(self) -> RemoteSession | None:
+        """The session of the latest pass: which hops served it (``plan``), how many ``passes``."""
+        return self._latest_session
 
     def close(self) -> None:
         """Close all sessions and leave the swarm; a second call does nothing."""
@@ -203,7 +203,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             check_positions(position_ids, past_key_values.left_padding, rows, tokens)
         elif attention_mask is not None:
             check_mask_continues(attention_mask, past_key_values.left_padding, position + tokens)
-        self._latest_cache = past_key_values
+        self._latest_session = past_key_values.session
         kept = min(logits_to_keep, tokens) or tokens
         hidden = past_key_values.step(embedded, kept)
         return CausalLMOutputWithPast(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,21 +9,30 @@ from pathlib import Path
 import psutil
 
 REPOSITORY = Path(__file__).parents[2]
+PROMPT = "Say hello in one short sentence."
 
 
 def test_three_nodes_answer_and_everything_stops(smollm2_path: Path) -> None:
-    command = [sys.executable, "-m", "scripts.quickstart", "Say hello in one short sentence."]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert smollm2_path.name in done.stdout
-    for node in ("node-1", "node-2", "node-3"):
-        assert re.search(rf"served by .*{node}", done.stdout, re.DOTALL)
-    assert "tokens/s" in done.stdout
-    assert "first token" in done.stdout
-    assert "everything has stopped" in done.stdout
-    # The keepers of its processes were our descendants, and so were the nodes and their daemons.
-    names = [child.name() for child in psutil.Process().children(recursive=True)]
-    assert "p2pd" not in names
-    assert "swarm-node" not in names
+    command = [sys.executable, "-m", "scripts.quickstart", PROMPT]
+    lines: list[str] = []
+    below: list[psutil.Process] = []
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as quickstart:
+        assert quickstart.stdout is not None
+        for line in quickstart.stdout:
+            lines.append(line)
+            if PROMPT in line:  # all are up now
+                below = psutil.Process(quickstart.pid).children(recursive=True)
+                names = [process.name() for process in below]
+                assert names.count("swarm-node") == 4
+                assert names.count("p2pd") >= 4
+        assert quickstart.wait(60) == 0, "".join(lines)
+    (chain,) = (line for line in lines if line.startswith("served by"))
+    assert all(node in chain for node in ("node-1", "node-2", "node-3"))
+    text = "".join(lines)
+    for said in (smollm2_path.name, "tokens/s", "first token", "everything has stopped"):
+        assert said in text
+    assert below
+    _, alive = psutil.wait_procs(below, timeout=10)
+    assert not alive

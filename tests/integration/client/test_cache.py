@@ -22,8 +22,8 @@ def test_session_is_sized_for_the_call(make_swarm: Any) -> None:
     (chain,) = swarm.client.chains
     assert chain.closed
     assert (chain.request.rows, chain.request.maximum_tokens) == (4, 16)
-    assert swarm.model.latest_cache.plan == chain.plan
-    assert swarm.model.latest_cache.passes == chain.passes == 10
+    assert swarm.model.latest_session.plan == chain.plan
+    assert swarm.model.latest_session.passes == chain.passes == 10
 
 
 class Fail(StoppingCriteria):  # type: ignore[misc]
@@ -53,7 +53,6 @@ def test_forgotten_session_is_freed(make_swarm: Any) -> None:
     cache = swarm.model.new_cache(32)
     swarm.model(PROMPT, past_key_values=cache)
     (chain,) = swarm.client.chains
-    swarm.model._latest_cache = None
     del cache
     gc.collect()
     swarm.model._background.run(_nothing())  # whatever was submitted before has started by now
