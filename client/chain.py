@@ -54,7 +54,7 @@ T = TypeVar("T")
 ROUTE_VERSION = 1
 
 
-class HopFailed(SwarmError):
+class HopFailed(NetworkError):
     """A hop refused, broke the protocol or is gone; ``peer_id`` says which, the cause says why."""
 
     def __init__(self, hop: PlannedHop, cause: SwarmError) -> None:

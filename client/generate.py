@@ -6,42 +6,30 @@
             print(piece.text, end="")
     print(piece.result.tokens_per_s)
 
-Samplers are transformers' own logits processors, in the order in which ``generate`` applies them:
-the same seed gives the same tokens. Beams and assisted decoding are in ``model``.
+How tokens are chosen is in ``choosing``; beams and assisted decoding are in ``model``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-import torch
-from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList
-from transformers.generation import (
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import AutoTokenizer, GenerationConfig
 
 from swarm.catalogue.checkpoint import Checkpoint, resolve_checkpoint
+from swarm.client.choosing import ChoiceQueue, TokenChooser
 from swarm.client.config import SamplingSettings
 from swarm.client.ends import ModelEnds, read_generation_config, remote_blocks
 from swarm.client.remote_blocks import ChainOpener, RemoteBlocks, RemoteChain
 from swarm.client.text_stream import IncrementalDetokenizer, StopStrings
-from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
-from swarm.protocol.errors import CheckpointError, NetworkError, RemoteError, UsageError
+from swarm.protocol.errors import CheckpointError, NetworkError, UsageError
 from swarm.protocol.tensors import DType, WireTensor
 from swarm.routing import ChainPlan
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +73,7 @@ class LocalModel:
         self.tokenizer = tokenizer
         self.end_token_ids = end_token_ids
         self.blocks_of = blocks_of
-        # The head takes milliseconds: off the event loop, and never on more threads than torch has.
-        self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="swarm-head")
+        self.queue = ChoiceQueue(ends)
 
     @classmethod
     def load(
@@ -138,13 +125,9 @@ class LocalModel:
         text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
-    async def compute(self, work: Callable[[], Value]) -> Value:
-        """Run torch work on the model's own thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._torch_thread, work)
-
     def close(self) -> None:
         """End the thread; sessions must be closed before."""
-        self._torch_thread.shutdown()
+        self.queue.close()
 
 
 class TextSession:
@@ -185,7 +168,7 @@ class TextSession:
     ) -> AsyncGenerator[TextPiece, None]:
         """Continue ``prompt_ids``; the part of it that is cached already is not sent again.
 
-        Raises UsageError for prompts that do not fit, NoRouteError, RemoteError and NetworkError.
+        Raises UsageError for prompts that do not fit, NoRouteError and NetworkError.
         After an error or a cancellation the session is closed.
         """
         settings = settings or SamplingSettings()
@@ -207,7 +190,7 @@ class TextSession:
         chain, hidden = await self._pass_prompt(chooser, prompt_ids)
         position = len(prompt_ids)
         while True:
-            token_id, activations = await self._model.compute(partial(chooser.choose, hidden))
+            token_id, activations = await self._model.queue.choose(chooser, hidden)
             new_ids.append(token_id)
             if len(new_ids) == 1:
                 first_s = time.perf_counter()
@@ -257,7 +240,7 @@ class TextSession:
         was_open = self._chain is not None
         try:
             return await self._pass_rest(chooser, prompt_ids)
-        except (NetworkError, RemoteError):
+        except NetworkError:
             if not was_open:
                 raise
             return await self._pass_rest(chooser, prompt_ids)
@@ -267,7 +250,7 @@ class TextSession:
     ) -> tuple[RemoteChain, WireTensor]:
         start = self._cached_beginning(prompt_ids)
         rest = list(prompt_ids[start:])
-        activations = await self._model.compute(partial(chooser.embed, rest))
+        activations = await self._model.queue.compute(partial(chooser.embed, rest))
         if self._chain is None:
             self._chain = await self._blocks.open_chain(rows=1, maximum_tokens=self._maximum_tokens)
         chain = self._chain
@@ -305,63 +288,6 @@ async def stream_generate(
     ):
         async for piece in pieces:
             yield piece
-
-
-class TokenChooser:
-    """Picks the tokens of one answer. All methods are torch work for the model's thread."""
-
-    def __init__(
-        self,
-        ends: ModelEnds,
-        settings: SamplingSettings,
-        prompt_ids: Sequence[int],
-        wire_dtype: DType,
-    ) -> None:
-        self._ends = ends
-        self._wire_dtype = wire_dtype
-        self._samples = settings.temperature > 0
-        self._processors = _logits_processors(settings)
-        self._generator = torch.Generator()
-        if settings.seed is not None:
-            self._generator.manual_seed(settings.seed)
-        elif self._samples:
-            self._generator.seed()
-        self._ids = torch.tensor([list(prompt_ids)])
-
-    def embed(self, token_ids: Sequence[int]) -> WireTensor:
-        """``[1, tokens, hidden]`` for the first hop."""
-        ids = torch.tensor([list(token_ids)], device=self._ends.device)
-        return tensor_to_wire(self._ends.embed(ids), self._wire_dtype)
-
-    @torch.inference_mode()
-    def choose(self, hidden: WireTensor) -> tuple[int, WireTensor]:
-        """The token after ``hidden`` ``[1, 1, hidden]``, and its embedding for the next step."""
-        activations = tensor_from_wire(hidden, self._ends.dtype, self._ends.device)
-        scores = self._ends.logits(activations)[:, -1].to("cpu", torch.float32)
-        scores = self._processors(self._ids, scores)
-        if self._samples:
-            probabilities = torch.softmax(scores, dim=-1)
-            chosen = torch.multinomial(probabilities, 1, generator=self._generator)
-        else:
-            chosen = scores.argmax(dim=-1, keepdim=True)
-        if self._processors:
-            self._ids = torch.cat([self._ids, chosen], dim=-1)
-        token_id = int(chosen)
-        return token_id, self.embed([token_id])
-
-
-def _logits_processors(settings: SamplingSettings) -> LogitsProcessorList:
-    processors = LogitsProcessorList()
-    if settings.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if settings.temperature > 0:
-        if settings.temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(float(settings.temperature)))
-        if settings.top_k:
-            processors.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1.0:
-            processors.append(TopPLogitsWarper(settings.top_p))
-    return processors
 
 
 def _end_tokens(generation_config: GenerationConfig, tokenizer: Any) -> frozenset[int]:

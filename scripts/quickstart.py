@@ -32,7 +32,7 @@ from swarm.catalogue.checkpoint import Checkpoint
 
 NODES = 3
 NEW_TOKENS = 96
-PROMPT = "Explain in three sentences why many small computers can run one large language model."
+PROMPT = "What can people achieve when they share what they have? Answer in two sentences."
 SWARM = Path(sys.executable).with_name("swarm")
 
 

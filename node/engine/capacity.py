@@ -50,7 +50,7 @@ def blocks_that_fit(checkpoint: Checkpoint, dtype: torch.dtype, usable_bytes: in
 
 
 def default_cache_bytes(span: Span) -> int:
-    """A budget for caches: as much as the weights, at most half of what is still free."""
+    """A budget for caches: four times the weights, at most half of what is still free."""
     free_bytes = usable_memory_bytes(span.device)
     return max(_MINIMUM_CACHE_BYTES, min(4 * span.weight_bytes, free_bytes // 2))
 

@@ -400,7 +400,7 @@ def parse_settings() -> tuple[Settings, bool]:
         parser.error(f"unknown model: {', '.join(sorted(unknown))}")
     if options.quick:
         sessions = () if options.link else (1, 8)
-        settings = Settings(("smollm2",), (3,), sessions, 3, 24, options.threads, options.link)
+        settings = Settings(("smollm2",), (3,), sessions, 3, 16, options.threads, options.link)
     else:
         settings = Settings(
             models,

@@ -1,0 +1,167 @@
+"""From the last hop's activations to the next token: head, samplers, embedding.
+
+``TokenChooser`` holds what one answer needs (samplers, seed, tokens so far); ``ChoiceQueue`` runs
+the head for all answers that wait, in one product. At one row the head of a small model costs as
+much as several of its blocks, at eight rows hardly more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from swarm.client.config import SamplingSettings
+from swarm.client.ends import ModelEnds
+from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
+from swarm.protocol.tensors import DType, WireTensor
+
+Value = TypeVar("Value")
+
+
+class TokenChooser:
+    """Picks the tokens of one answer. All methods are torch work for the queue's thread.
+
+    The samplers are transformers' own, in the order in which ``generate`` applies them: the same
+    seed gives the same tokens.
+    """
+
+    def __init__(
+        self,
+        ends: ModelEnds,
+        settings: SamplingSettings,
+        prompt_ids: Sequence[int],
+        wire_dtype: DType,
+    ) -> None:
+        self._ends = ends
+        self._wire_dtype = wire_dtype
+        self._samples = settings.temperature > 0
+        self._processors = _logits_processors(settings)
+        self._generator = torch.Generator()
+        if settings.seed is not None:
+            self._generator.manual_seed(settings.seed)
+        elif self._samples:
+            self._generator.seed()
+        self._ids = torch.tensor([list(prompt_ids)])
+
+    def embed(self, token_ids: Sequence[int]) -> WireTensor:
+        """``[1, tokens, hidden]`` for the first hop."""
+        ids = torch.tensor([list(token_ids)], device=self._ends.device)
+        return tensor_to_wire(self._ends.embed(ids), self._wire_dtype)
+
+    @torch.inference_mode()
+    def choose(self, logits: torch.Tensor) -> tuple[int, WireTensor]:
+        """The token for ``logits`` ``[1, vocabulary]``, and its embedding for the next step."""
+        scores = self._processors(self._ids, logits.to("cpu", torch.float32))
+        if self._samples:
+            probabilities = torch.softmax(scores, dim=-1)
+            chosen = torch.multinomial(probabilities, 1, generator=self._generator)
+        else:
+            chosen = scores.argmax(dim=-1, keepdim=True)
+        if self._processors:
+            self._ids = torch.cat([self._ids, chosen], dim=-1)
+        token_id = int(chosen)
+        return token_id, self.embed([token_id])
+
+
+@dataclass(slots=True, eq=False)
+class _Choice:
+    chooser: TokenChooser
+    hidden: WireTensor
+    outcome: tuple[int, WireTensor] | Exception | None = None
+
+
+class ChoiceQueue:
+    """Runs torch work of a client on one thread, and the choices that wait together as one."""
+
+    def __init__(self, ends: ModelEnds) -> None:
+        self._ends = ends
+        # One thread: never on more cores than torch was given, and off the event loop.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="swarm-head")
+        self._waiting: list[_Choice] = []
+        self._turn = asyncio.Lock()
+
+    def close(self) -> None:
+        """End the thread; sessions must be closed before."""
+        self._thread.shutdown()
+
+    async def compute(self, work: Callable[[], Value]) -> Value:
+        """Run other torch work on the same thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def choose(self, chooser: TokenChooser, hidden: WireTensor) -> tuple[int, WireTensor]:
+        """The token after ``hidden`` ``[1, 1, hidden]``, and its embedding for the next step.
+
+        Whoever gets the turn computes for all who wait; the others find their outcome ready.
+        """
+        choice = _Choice(chooser, hidden)
+        self._waiting.append(choice)
+        try:
+            async with self._turn:
+                if choice.outcome is None:
+                    batch, self._waiting = self._waiting, []
+                    try:
+                        await self.compute(lambda: self._choose_all(batch))
+                    finally:
+                        # After a cancellation the thread may be at it still: those without an
+                        # outcome come again, and are skipped should they have one by then.
+                        self._waiting += [
+                            other
+                            for other in batch
+                            if other.outcome is None and other is not choice
+                        ]
+        finally:
+            if choice in self._waiting:
+                self._waiting.remove(choice)
+        if isinstance(choice.outcome, Exception):
+            raise choice.outcome
+        if choice.outcome is None:
+            raise RuntimeError("a choice was neither computed nor refused")
+        return choice.outcome
+
+    @torch.inference_mode()
+    def _choose_all(self, batch: Sequence[_Choice]) -> None:
+        """On the thread: one head for all, then each one's own samplers."""
+        batch = [choice for choice in batch if choice.outcome is None]
+        if not batch:
+            return
+        try:
+            rows = [
+                tensor_from_wire(choice.hidden, self._ends.dtype, self._ends.device)
+                for choice in batch
+            ]
+            logits = self._ends.logits(torch.cat(rows))[:, -1]
+        except Exception as error:  # concerns all; raised where each of them waits
+            for choice in batch:
+                choice.outcome = error
+            return
+        for row, choice in enumerate(batch):
+            try:
+                choice.outcome = choice.chooser.choose(logits[row : row + 1])
+            except Exception as error:  # concerns this one
+                choice.outcome = error
+
+
+def _logits_processors(settings: SamplingSettings) -> LogitsProcessorList:
+    processors = LogitsProcessorList()
+    if settings.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.temperature > 0:
+        if settings.temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(float(settings.temperature)))
+        if settings.top_k:
+            processors.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1.0:
+            processors.append(TopPLogitsWarper(settings.top_p))
+    return processors
