@@ -1,0 +1,1 @@
+"""What a volunteer runs: ``swarm-node``. ``app`` wires it, ``service`` answers peers."""

@@ -65,6 +65,8 @@ class FusedRMSNorm(nn.Module):
         factor = torch.addcmul(self.epsilon, norm, norm, value=self._scale).rsqrt_()
         return (hidden * factor).mul_(self.weight).to(hidden.dtype)
 
+    __call__ = forward  # see PackedLinear
+
 
 class FusedGatedMLP(nn.Module):
     """``down(act(gate(x)) * up(x))`` with gate and up in one product."""
@@ -79,6 +81,8 @@ class FusedGatedMLP(nn.Module):
         gate, up = self.gate_up(hidden).chunk(2, dim=-1)
         output: torch.Tensor = self.down(self.act_fn(gate).mul_(up))
         return output
+
+    __call__ = forward  # see PackedLinear
 
 
 class FusedAttention(nn.Module):
@@ -126,6 +130,8 @@ class FusedAttention(nn.Module):
         )
         output: torch.Tensor = self.output(attended.reshape(1, total, heads * self.head_dim))
         return output, None
+
+    __call__ = forward  # see PackedLinear
 
 
 def _sliding_window(attention: Any) -> int | None:

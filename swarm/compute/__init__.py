@@ -1,0 +1,1 @@
+"""torch code that nodes and clients share, and nothing else."""
