@@ -65,8 +65,6 @@ class FusedRMSNorm(nn.Module):
         factor = torch.addcmul(self.epsilon, norm, norm, value=self._scale).rsqrt_()
         return (hidden * factor).mul_(self.weight).to(hidden.dtype)
 
-    __call__ = forward  # see PackedLinear
-
 
 class FusedGatedMLP(nn.Module):
     """``down(act(gate(x)) * up(x))`` with gate and up in one product."""
@@ -81,8 +79,6 @@ class FusedGatedMLP(nn.Module):
         gate, up = self.gate_up(hidden).chunk(2, dim=-1)
         output: torch.Tensor = self.down(self.act_fn(gate).mul_(up))
         return output
-
-    __call__ = forward  # see PackedLinear
 
 
 class FusedAttention(nn.Module):
@@ -130,8 +126,6 @@ class FusedAttention(nn.Module):
         )
         output: torch.Tensor = self.output(attended.reshape(1, total, heads * self.head_dim))
         return output, None
-
-    __call__ = forward  # see PackedLinear
 
 
 def _sliding_window(attention: Any) -> int | None:

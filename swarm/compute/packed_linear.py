@@ -57,9 +57,6 @@ class PackedLinear(nn.Module):
         """``[..., in]`` to ``[..., out]``."""
         return self._operator(hidden, self._weight, self.bias, "none", [], "")
 
-    # Past the machinery for hooks, which nobody sets here: it costs more than a small product.
-    __call__ = forward
-
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.weight_dtype}, packed"
 
