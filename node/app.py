@@ -11,6 +11,7 @@ that the view lives while they last.
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -210,6 +211,9 @@ class _Node:
             self._board.update(loading_fraction=loaded / total)
 
         engine = await asyncio.to_thread(_load, model, self._settings, span, progress)
+        # What was imported and loaded stays: the collector need not look at it between two tokens.
+        gc.collect()
+        gc.freeze()
         description = {key: str(value) for key, value in engine.describe().items()}
         self._board.engine = engine
         self._board.update(loading_fraction=None, engine=_describe(description))

@@ -314,7 +314,7 @@ def _view(as_json: bool, plain: bool) -> View:
 
 def _prepare_process(log_level: str, threads: int | None = None) -> None:
     """What must be set before heavy packages load, and where the log goes."""
-    configure_threads_environment(threads)
+    configure_threads_environment(threads, is_node=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(
         level=log_level.upper(),

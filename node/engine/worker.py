@@ -26,6 +26,8 @@ from swarm.compute.wire_tensors import TORCH_DTYPES, tensor_from_wire, tensor_to
 from swarm.node.engine.api import StepInput, StepOutput
 from swarm.node.engine.batching import BatchLimits, WaitingStep, choose_batch
 from swarm.node.engine.cache import SpanCache
+from swarm.node.engine.contention import ContentionMeter, ThreadGovernor, read_waited_s
+from swarm.node.engine.device_threads import DeviceThreads
 from swarm.node.engine.ragged import RaggedBatch
 from swarm.node.engine.span_loader import Span
 from swarm.protocol.errors import ErrorCode, ProtocolError
@@ -157,8 +159,10 @@ class Worker:
 
     # --- the device thread --------------------------------------------------------------------
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
+        threads = self._threads or torch.get_num_threads()
+        team = DeviceThreads()
+        team.use(threads)
+        meter = ContentionMeter(ThreadGovernor(threads), team.use, read_waited_s)
         while jobs := self._take():
             started_s = time.perf_counter()
             try:
@@ -178,6 +182,7 @@ class Worker:
             # The loop may be closed when a program ends without closing the engine.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._deliver, jobs, results, report, started_s, ended_s)
+            meter.computed(ended_s, ended_s - started_s)
 
     def _take(self) -> list[_Job]:
         """Wait for the next batch; empty at the end."""
@@ -219,12 +224,10 @@ class Worker:
         ended_s: float,
     ) -> None:
         """On the event loop: wake those who wait."""
-        self._busy.append((started_s, ended_s))
         with self._changed:
             for job in jobs:
                 job.cache.steps_running -= 1
         for job, result in zip(jobs, results, strict=True):
-            job.cache.release_if_idle()
             if isinstance(result, ProtocolError):
                 _refuse(job, result)
             elif not job.future.done():
@@ -235,6 +238,8 @@ class Worker:
                         compute_us=int((ended_s - started_s) * 1e6),
                     )
                 )
+            job.cache.release_if_idle()
+        self._busy.append((started_s, ended_s))
         for observer in self._observers:
             observer(report)
 

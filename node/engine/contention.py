@@ -1,0 +1,93 @@
+"""How many threads the device thread's products use, by how much others use this machine's cores.
+
+Threads of one product wait for each other: where another process has taken the core of one, all
+of them stand. Two nodes that are busy on two cores take 117 ms for a step with two threads each,
+and 41 ms with one. So a node watches how long its threads wait for a core, and gives threads up
+while they do. Alone on the machine it uses all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+WINDOW_S = 0.25
+"""Measured over this much computing."""
+TOLERATED_WAIT = 0.15
+"""Waiting for a core, as a share of computing, that is no contention yet."""
+FIRST_HOLD_S = 1.0
+LONGEST_HOLD_S = 16.0
+
+
+class ThreadGovernor:
+    """Chooses a number of threads. Pure: measurements and time come in as arguments.
+
+    It halves the number when threads wait for cores, and doubles it again after a hold; the hold
+    grows each time that this turns out to be too early.
+    """
+
+    def __init__(self, maximum: int) -> None:
+        self._maximum = max(1, maximum)
+        self.threads = self._maximum
+        self._hold_s = FIRST_HOLD_S
+        self._held_until_s = 0.0
+
+    def update(self, now_s: float, computed_s: float, waited_s: float) -> int:
+        """The number to use now, after a window of computing with ``waited_s`` in queues."""
+        contended = waited_s > TOLERATED_WAIT * computed_s
+        if contended and self.threads > 1:
+            if now_s < self._held_until_s + self._hold_s:
+                self._hold_s = min(2 * self._hold_s, LONGEST_HOLD_S)
+            self.threads = max(1, self.threads // 2)
+            self._held_until_s = now_s + self._hold_s
+        elif not contended and now_s >= self._held_until_s:
+            if self.threads == self._maximum:
+                self._hold_s = FIRST_HOLD_S
+            else:
+                self.threads = min(self._maximum, 2 * self.threads)
+        return self.threads
+
+
+class ContentionMeter:
+    """Feeds a governor from the device thread; tells when the number of threads changes."""
+
+    def __init__(
+        self,
+        governor: ThreadGovernor,
+        set_threads: Callable[[int], None],
+        read_waited_s: Callable[[], float | None],
+    ) -> None:
+        self._governor = governor
+        self._set_threads = set_threads
+        self._read_waited_s = read_waited_s
+        self._computed_s = 0.0
+        self._waited_before_s = read_waited_s()
+
+    def computed(self, now_s: float, duration_s: float) -> None:
+        """A batch took ``duration_s``; reads the kernel's counters once a window."""
+        self._computed_s += duration_s
+        if self._computed_s < WINDOW_S or self._waited_before_s is None:
+            return
+        waited_s = self._read_waited_s()
+        if waited_s is None:
+            return
+        before = self._governor.threads
+        after = self._governor.update(now_s, self._computed_s, waited_s - self._waited_before_s)
+        self._computed_s, self._waited_before_s = 0.0, waited_s
+        if after != before:
+            self._set_threads(after)
+
+
+def read_waited_s(tasks: Path = Path("/proc/self/task")) -> float | None:
+    """How long all threads of this process have waited for a core so far; None where unknown."""
+    waited_ns = 0
+    try:
+        for thread in os.listdir(tasks):
+            try:
+                waited_ns += int((tasks / thread / "schedstat").read_text().split()[1])
+            except FileNotFoundError:  # the thread ended meanwhile
+                continue
+    except (OSError, ValueError, IndexError):
+        return None
+    return waited_ns / 1e9

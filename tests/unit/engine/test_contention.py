@@ -1,0 +1,81 @@
+"""How many threads: all when alone, fewer while others need the cores, all again afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from swarm.node.engine.contention import (
+    FIRST_HOLD_S,
+    LONGEST_HOLD_S,
+    WINDOW_S,
+    ContentionMeter,
+    ThreadGovernor,
+    read_waited_s,
+)
+
+
+def run(governor: ThreadGovernor, start_s: float, seconds: float, *, waiting: bool) -> list[int]:
+    """Update each 0.5 s; with contention the threads wait only while there are several."""
+    chosen = []
+    for step in range(int(seconds * 2)):
+        waited_s = 0.3 if waiting and governor.threads > 1 else 0.0
+        chosen.append(governor.update(start_s + step / 2, 0.5, waited_s))
+    return chosen
+
+
+def test_alone_it_keeps_all_threads() -> None:
+    assert set(run(ThreadGovernor(4), 0, 60, waiting=False)) == {4}
+
+
+def test_under_contention_it_halves_down_to_one() -> None:
+    governor = ThreadGovernor(8)
+    assert [governor.update(step / 4, 0.25, 0.2) for step in range(4)] == [4, 2, 1, 1]
+
+
+def test_lasting_contention_is_probed_less_and_less() -> None:
+    chosen = run(ThreadGovernor(2), 0, 120, waiting=True)
+    assert chosen.count(2) <= 2 + 120 / LONGEST_HOLD_S
+    assert 2 in chosen[-int(4 * LONGEST_HOLD_S) :], "it must look again from time to time"
+
+
+def test_all_threads_come_back_when_the_others_have_gone() -> None:
+    governor = ThreadGovernor(4)
+    run(governor, 0, 30, waiting=True)
+    assert governor.threads <= 2
+    assert run(governor, 30, 2 * LONGEST_HOLD_S, waiting=False)[-1] == 4
+    # A quiet time makes it quick again.
+    governor.update(100, 0.5, 0.4)
+    assert governor.update(100 + 1.1 * FIRST_HOLD_S, 0.5, 0.0) == 4
+
+
+def test_one_thread_is_the_least() -> None:
+    assert set(run(ThreadGovernor(0), 0, 10, waiting=True)) == {1}
+
+
+def test_the_meter_reads_once_a_window_and_reports_changes() -> None:
+    waited = iter([10.0, 10.0, 10.5, 10.5])
+    reads: list[float] = []
+    changes: list[int] = []
+
+    def read() -> float:
+        reads.append(next(waited))
+        return reads[-1]
+
+    governor = ThreadGovernor(2)
+    meter = ContentionMeter(governor, changes.append, read)
+    for step in range(3):
+        meter.computed(step * WINDOW_S, WINDOW_S / 4)
+    assert len(reads) == 1
+    meter.computed(1.0, WINDOW_S)
+    assert (len(reads), changes) == (2, [])
+    meter.computed(2.0, WINDOW_S)
+    assert (changes, governor.threads) == ([1], 1)
+
+
+def test_the_counter_of_the_kernel(tmp_path: Path) -> None:
+    for thread, waited_ns in (("1", 1_500_000_000), ("2", 500_000_000)):
+        (tmp_path / thread).mkdir()
+        (tmp_path / thread / "schedstat").write_text(f"123 {waited_ns} 7\n")
+    (tmp_path / "3").mkdir()
+    assert read_waited_s(tmp_path) == 2.0
+    assert read_waited_s(tmp_path / "missing") is None
