@@ -44,7 +44,7 @@ from swarm.protocol.messages import (
 from swarm.protocol.session import ClientSession, SessionTerms
 from swarm.protocol.tensors import ITEM_BYTES, DType, Encoding, WireTensor
 from swarm.protocol.version import STREAM_PROTOCOL
-from swarm.routing import ChainPlan
+from swarm.routing import ChainPlan, is_one_machine
 from swarm.routing import Hop as PlannedHop
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ROUTE_VERSION = 1
+PIPELINED_PIECE_TOKENS = 128
+"""Small enough to fill a chain of a few hops with a common prompt, large enough for the device."""
 
 
 class HopFailed(NetworkError):
@@ -201,7 +203,7 @@ class Chain:
             session = self._usable_session()
             started_s = self._clock.monotonic_s()
             rows, tokens, _ = activations.shape
-            per_step = max(1, session.terms.maximum_step_tokens // rows)
+            per_step = max(1, self._piece_tokens(session) // rows)
             pending: list[asyncio.Future[StepResult]] = []
             try:
                 async with asyncio.timeout(self._timeouts.step_s) as deadline:
@@ -481,6 +483,17 @@ class Chain:
             self._fail(HopFailed(self._links[0].plan, error))
             self._usable_session()
         return future
+
+    def _piece_tokens(self, session: ClientSession) -> int:
+        """Most ``rows x tokens`` of one piece of a long prompt.
+
+        Hops on different machines work on different pieces at the same time. On one machine they
+        would only take each other's cores: there a prompt goes in as few pieces as nodes allow.
+        """
+        most = session.terms.maximum_step_tokens
+        if len(self._plan.hops) == 1 or is_one_machine(self._plan):
+            return most
+        return min(most, PIPELINED_PIECE_TOKENS)
 
     def _usable_session(self) -> ClientSession:
         if self._failure is not None:

@@ -8,6 +8,7 @@ much as several of its blocks, at eight rows hardly more.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
 from swarm.protocol.tensors import DType, WireTensor
 
 Value = TypeVar("Value")
+
+ACTIVE_S = 0.5
+"""An answer whose latest token is younger is worth waiting for."""
+GATHER_GAP = 0.3
+"""How long to wait for one more result, as a share of the time that the head took last."""
 
 
 class TokenChooser:
@@ -91,6 +97,8 @@ class ChoiceQueue:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="swarm-head")
         self._waiting: list[_Choice] = []
         self._turn = asyncio.Lock()
+        self._last_choices: dict[int, float] = {}
+        self._last_duration_s = 0.0
 
     def close(self) -> None:
         """End the thread; sessions must be closed before."""
@@ -107,9 +115,11 @@ class ChoiceQueue:
         """
         choice = _Choice(chooser, hidden)
         self._waiting.append(choice)
+        self._last_choices[id(chooser)] = time.perf_counter()
         try:
             async with self._turn:
                 if choice.outcome is None:
+                    await self._gather()
                     batch, self._waiting = self._waiting, []
                     try:
                         await self.compute(lambda: self._choose_all(batch))
@@ -130,12 +140,25 @@ class ChoiceQueue:
             raise RuntimeError("a choice was neither computed nor refused")
         return choice.outcome
 
+    async def _gather(self) -> None:
+        """Wait while results keep coming in: those of one batch of the nodes come in a row.
+
+        A lone answer never waits.
+        """
+        since = time.perf_counter() - ACTIVE_S
+        self._last_choices = {key: at for key, at in self._last_choices.items() if at > since}
+        here = 0
+        while here < len(self._waiting) < len(self._last_choices):
+            here = len(self._waiting)
+            await asyncio.sleep(GATHER_GAP * self._last_duration_s)
+
     @torch.inference_mode()
     def _choose_all(self, batch: Sequence[_Choice]) -> None:
         """On the thread: one head for all, then each one's own samplers."""
         batch = [choice for choice in batch if choice.outcome is None]
         if not batch:
             return
+        started_s = time.perf_counter()
         try:
             rows = [
                 tensor_from_wire(choice.hidden, self._ends.dtype, self._ends.device)
@@ -151,6 +174,7 @@ class ChoiceQueue:
                 choice.outcome = choice.chooser.choose(logits[row : row + 1])
             except Exception as error:  # concerns this one
                 choice.outcome = error
+        self._last_duration_s = time.perf_counter() - started_s
 
 
 def _logits_processors(settings: SamplingSettings) -> LogitsProcessorList:

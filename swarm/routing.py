@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import accumulate, groupby
 
 from swarm.protocol.errors import NoRouteError
@@ -46,6 +47,32 @@ class ChainPlan:
     hops: tuple[Hop, ...]
     expected_step_s: float
     """For one token."""
+
+
+def is_one_machine(plan: ChainPlan) -> bool:
+    """Whether all hops run on one computer, by a local address that they have in common.
+
+    A public address in common says nothing: many computers share one behind a NAT.
+    """
+    hosts = [
+        {
+            host
+            for address in hop.addresses
+            if (host := _ip_address(address)) is not None and not host.is_global
+        }
+        for hop in plan.hops
+    ]
+    return bool(set.intersection(*hosts)) if hosts else False
+
+
+def _ip_address(multiaddress: str) -> IPv4Address | IPv6Address | None:
+    parts = multiaddress.split("/")
+    if len(parts) < 3 or parts[1] not in ("ip4", "ip6"):
+        return None
+    try:
+        return ip_address(parts[2])
+    except ValueError:
+        return None
 
 
 def choose_chain(

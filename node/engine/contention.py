@@ -14,10 +14,10 @@ from pathlib import Path
 
 WINDOW_S = 0.25
 """Measured over this much computing."""
-TOLERATED_WAIT = 0.15
+TOLERATED_WAIT = 0.25
 """Waiting for a core, as a share of computing, that is no contention yet."""
 FIRST_HOLD_S = 1.0
-LONGEST_HOLD_S = 16.0
+LONGEST_HOLD_S = 4.0
 
 
 class ThreadGovernor:

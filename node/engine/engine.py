@@ -23,7 +23,10 @@ from swarm.protocol.errors import ErrorCode, ProtocolError, UsageError
 from swarm.protocol.messages import MAX_PAYLOAD_BYTES
 
 _log = logging.getLogger(__name__)
-_DEFAULT_STEP_TOKENS = 256
+_MOST_STEP_TOKENS = 512
+_LEAST_STEP_TOKENS = 32
+_STEP_BUDGET_S = 0.3
+"""How long a piece of a prompt may occupy the device: so long others wait for their next token."""
 
 
 class SpanCacheHandle:
@@ -39,6 +42,12 @@ class SpanCacheHandle:
         self.cache.close()
 
 
+def _step_tokens(prefill_tokens_per_s: float) -> int:
+    """What the whole span computes within the budget, in round numbers and within bounds."""
+    fitting = int(prefill_tokens_per_s * _STEP_BUDGET_S)
+    return max(_LEAST_STEP_TOKENS, min(fitting // 64 * 64, _MOST_STEP_TOKENS))
+
+
 class SpanEngine:
     """Implements ``api.Engine`` for a span of transformers' decoder layers."""
 
@@ -49,7 +58,7 @@ class SpanEngine:
         cache_bytes: int,
         speed: capacity.MeasuredSpeed,
         threads: int | None,
-        maximum_step_tokens: int = _DEFAULT_STEP_TOKENS,
+        maximum_step_tokens: int | None = None,
     ) -> None:
         self._span = span
         self._speed = speed
@@ -58,6 +67,9 @@ class SpanEngine:
             span.cache_shape.bytes_per_block_token,
             span.end_block - span.first_block,
         )
+        if maximum_step_tokens is None:
+            per_s = speed.prefill_tokens_per_s / (span.end_block - span.first_block)
+            maximum_step_tokens = _step_tokens(per_s)
         # In float32 a step must fit into one message.
         self._maximum_step_tokens = max(
             1, min(maximum_step_tokens, MAX_PAYLOAD_BYTES // (4 * span.hidden_size))
@@ -176,7 +188,7 @@ def load_engine_blocking(
     cache_bytes: int | None = None,
     cache_tokens: int | None = None,
     threads: int | None = None,
-    maximum_step_tokens: int = _DEFAULT_STEP_TOKENS,
+    maximum_step_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> SpanEngine:
     """Load a span and measure it. Takes seconds: from an event loop use ``load_engine``.
@@ -223,7 +235,7 @@ async def load_engine(
     cache_bytes: int | None = None,
     cache_tokens: int | None = None,
     threads: int | None = None,
-    maximum_step_tokens: int = _DEFAULT_STEP_TOKENS,
+    maximum_step_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> SpanEngine:
     """``load_engine_blocking`` in a thread; ``progress`` is called from that thread."""

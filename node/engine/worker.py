@@ -38,8 +38,8 @@ _BUSY_WINDOW_S = 10.0
 _FLOAT16_MAXIMUM = 65504.0
 _ACTIVE_S = 0.5
 """A session whose last step is younger counts as active: its next step is worth waiting for."""
-_GATHER_FRACTION = 0.1
-"""How long an idle device waits for more steps, as a share of the last batch's time."""
+_GATHER_GAP = 0.5
+"""How long an idle device waits for one more step, as a share of the last batch's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,17 +203,24 @@ class Worker:
         return []
 
     def _gather(self) -> None:
-        """Give steps that arrive together, but one by one, the time to meet in one batch.
+        """Give steps that arrive in a row, but one by one, the time to meet in one batch.
 
-        Without it the first of them runs alone and the others wait for it. A lone session never
-        waits.
+        Without it the first of them runs alone and the others wait for it. The device waits while
+        steps keep coming, each within a gap, and no longer than one batch takes. A lone session
+        never waits.
         """
         since = time.perf_counter() - _ACTIVE_S
         self._last_steps = {key: at for key, at in self._last_steps.items() if at > since}
-        self._changed.wait_for(
-            lambda: self._stopping or len(self._waiting) >= len(self._last_steps),
-            timeout=_GATHER_FRACTION * self._last_compute_s,
-        )
+        until_s = time.perf_counter() + self._last_compute_s
+        gap_s = _GATHER_GAP * self._last_compute_s
+        while not self._stopping and len(self._waiting) < len(self._last_steps):
+            here = len(self._waiting)
+            arrived = self._changed.wait_for(
+                lambda: self._stopping or len(self._waiting) != here,  # noqa: B023 (used at once)
+                timeout=min(gap_s, until_s - time.perf_counter()),
+            )
+            if not arrived:
+                break
 
     def _deliver(
         self,

@@ -79,7 +79,10 @@ class Worker:
     ) -> None:
         self._command = [*place.command_prefix, sys.executable, "-m", "scripts.bench.worker"]
         self._command += [kind, str(model), dtype, *([peer] if peer is not None else [])]
-        self._threads = threads
+        # Local transformers is measured at its best: alone, with threads that spin as they like.
+        self._thread_environment = (
+            {"OMP_NUM_THREADS": str(threads)} if kind == "local" else compute_environment(threads)
+        )
         self._log = log
         self._is_ready = False
         self._resources = ExitStack()
@@ -90,7 +93,7 @@ class Worker:
             KeptProcess(
                 self._command,
                 environment=os.environ
-                | compute_environment(self._threads)
+                | self._thread_environment
                 | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
                 folder=REPOSITORY,
                 stdin=subprocess.PIPE,

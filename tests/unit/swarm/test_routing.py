@@ -17,8 +17,10 @@ from swarm.routing import (
     HAND_OVER_S,
     RETRY_AFTER_MS,
     ChainPlan,
+    Hop,
     block_ranges,
     choose_chain,
+    is_one_machine,
     weakest_span,
 )
 
@@ -211,3 +213,29 @@ def test_the_weakest_span_is_the_weakest(replicas: list[int], size: int) -> None
 def test_block_ranges() -> None:
     assert block_ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     assert block_ranges([]) == ""
+
+
+def plan_at(*addresses: tuple[str, ...]) -> ChainPlan:
+    hops = tuple(
+        Hop(PeerId(f"peer-{index}"), "", hosts, index, index + 1)
+        for index, hosts in enumerate(addresses)
+    )
+    return ChainPlan(hops, expected_step_s=0.0)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "expected"),
+    [
+        ([("/ip4/127.0.0.1/tcp/1",), ("/ip4/127.0.0.1/tcp/2",)], True),
+        ([("/ip4/192.168.1.5/tcp/1",), ("/ip4/192.168.1.5/udp/2/quic-v1",)], True),
+        ([("/ip4/192.168.1.5/tcp/1",), ("/ip4/192.168.1.6/tcp/1",)], False),
+        ([("/ip4/8.8.8.8/tcp/1",), ("/ip4/8.8.8.8/tcp/2",)], False),
+        ([("/dns4/example.org/tcp/1",), ("/dns4/example.org/tcp/1",)], False),
+        ([("/ip4/nonsense/tcp/1", ""), ()], False),
+        ([], False),
+    ],
+)
+def test_hops_on_one_machine_are_told_by_a_local_address_in_common(
+    addresses: list[tuple[str, ...]], expected: bool
+) -> None:
+    assert is_one_machine(plan_at(*addresses)) is expected
