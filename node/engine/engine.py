@@ -25,7 +25,7 @@ from swarm.protocol.messages import MAX_PAYLOAD_BYTES
 _log = logging.getLogger(__name__)
 _MOST_STEP_TOKENS = 512
 _LEAST_STEP_TOKENS = 32
-_STEP_BUDGET_S = 0.3
+_STEP_BUDGET_S = 0.5
 """How long a piece of a prompt may occupy the device: so long others wait for their next token."""
 
 

@@ -24,12 +24,12 @@ import torch
 from swarm.compute.devices import check_magnitude
 from swarm.compute.wire_tensors import TORCH_DTYPES, tensor_from_wire, tensor_to_wire
 from swarm.node.engine.api import StepInput, StepOutput
-from swarm.node.engine.batching import BatchLimits, WaitingStep, choose_batch
+from swarm.node.engine.batching import SHORT_STEP_TOKENS, BatchLimits, WaitingStep, choose_batch
 from swarm.node.engine.cache import SpanCache
 from swarm.node.engine.contention import ContentionMeter, ThreadGovernor, read_waited_s
 from swarm.node.engine.device_threads import DeviceThreads
 from swarm.node.engine.ragged import RaggedBatch
-from swarm.node.engine.span_loader import Span
+from swarm.node.engine.span_loader import Span, return_freed_memory
 from swarm.protocol.errors import ErrorCode, ProtocolError
 from swarm.protocol.tensors import WireTensor
 
@@ -77,6 +77,7 @@ class Worker:
         self._stopping = False
         self._last_steps: dict[int, float] = {}
         self._last_compute_s = 0.0
+        self._ran_long_step = False
         self._busy: deque[tuple[float, float]] = deque()
         self._observers: list[BatchObserver] = []
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -173,6 +174,7 @@ class Worker:
                 results = [failed] * len(jobs)
             ended_s = time.perf_counter()
             self._last_compute_s = ended_s - started_s
+            self._ran_long_step |= any(job.waiting.tokens > SHORT_STEP_TOKENS for job in jobs)
             report = BatchReport(
                 steps=len(jobs),
                 tokens=sum(job.waiting.tokens for job in jobs),
@@ -189,6 +191,7 @@ class Worker:
         with self._changed:
             while not self._stopping:
                 if not self._waiting:
+                    self._give_back_memory()
                     self._changed.wait_for(lambda: self._waiting or self._stopping)
                     self._gather()
                 chosen = set(choose_batch([job.waiting for job in self._waiting], self._limits))
@@ -201,6 +204,16 @@ class Worker:
                 if jobs:  # none when the waiting one was withdrawn meanwhile
                     return jobs
         return []
+
+    def _give_back_memory(self) -> None:
+        """After a long step, and only once nobody waits: its activations were megabytes."""
+        if self._ran_long_step:
+            self._ran_long_step = False
+            self._changed.release()
+            try:
+                return_freed_memory()
+            finally:
+                self._changed.acquire()
 
     def _gather(self) -> None:
         """Give steps that arrive in a row, but one by one, the time to meet in one batch.

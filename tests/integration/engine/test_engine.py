@@ -268,7 +268,7 @@ async def test_bad_requests(make_tiny: Any, load_chain: Any) -> None:
     bad_steps = {
         ErrorCode.BAD_TENSOR: step_of(activations(1, 1), 0),
         ErrorCode.BAD_POSITION: step_of(activations(2, 1), 64),
-        ErrorCode.TOO_LARGE: step_of(activations(2, 200), 0),
+        ErrorCode.TOO_LARGE: step_of(activations(2, 300), 0),
         ErrorCode.BAD_FIELD: step_of(activations(2, 1), 0, 2),
     }
     for code, step in bad_steps.items():
