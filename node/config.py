@@ -187,6 +187,8 @@ def load_settings(
     for variable, text in environment.items():
         if variable.startswith(ENVIRONMENT_PREFIX):
             key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+            if key not in known and key in _NODE_KEYS:
+                continue  # one environment may hold for a seed and a node: this is for the node
             merged[key] = _convert(key, text, known, f"environment variable {variable}")
     for key, value in flags.items():
         if value is not None and value != () and value != []:
@@ -198,6 +200,9 @@ def load_settings(
     settings = settings_type(**merged)
     _check(settings)
     return settings
+
+
+_NODE_KEYS = frozenset(item.name for item in fields(NodeSettings))
 
 
 def _is_required(item: Field[Any], merged: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,7 +167,7 @@ class LocalSwarm:
         self.plan = plan
         self.nodes: list[Member] = []
         self._members: list[Member] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
 
     @property
     def seed(self) -> Member:
@@ -184,8 +185,7 @@ class LocalSwarm:
     def __enter__(self) -> LocalSwarm:
         logs = self.plan.logs
         if logs is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="sovereign-swarm-")
-            logs = Path(self._folder.name)
+            logs = self._folder = Path(tempfile.mkdtemp(prefix="sovereign-swarm-"))
         logs.mkdir(parents=True, exist_ok=True)
         try:
             deadline_s = time.monotonic() + self.plan.start_deadline_s
@@ -229,7 +229,7 @@ class LocalSwarm:
             for member in group:
                 codes[member.name] = member.stop()
         if self._folder is not None and not keep_logs:
-            self._folder.cleanup()
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = None
         return codes
 

@@ -7,8 +7,9 @@
 Method: the local baseline, the clients and all nodes are processes of their own that stay up
 together; one of them works at a time. Each repetition runs every variant once, in an order that
 rotates, so that a slow phase of the machine hits all alike, and ratios are taken repetition by
-repetition. Local and swarm use the same checkpoint, precision, threads and waiting policy, greedy
-decoding and the same random prompts. Decode speed is counted from the first token to the last.
+repetition. Local and swarm use the same checkpoint, precision and number of threads, greedy choice
+and the same random prompts; local threads wait as OpenMP does by default, which is their best.
+Decode speed is counted from the first token to the last.
 """
 
 from __future__ import annotations

@@ -95,6 +95,13 @@ def test_an_unknown_environment_key_is_refused() -> None:
         load_settings(NodeSettings, None, {"SWARM_NODE_MODLE": "x"}, {})
 
 
+def test_a_seed_ignores_what_the_environment_says_to_nodes() -> None:
+    environment = {"SWARM_NODE_CACHE_TOKENS": "64", "SWARM_NODE_DISPLAY_NAME": "both"}
+    assert load_settings(SeedSettings, None, environment, {}).display_name == "both"
+    with pytest.raises(ConfigError, match="SWARM_NODE_CASH_TOKENS"):
+        load_settings(SeedSettings, None, {"SWARM_NODE_CASH_TOKENS": "64"}, {})
+
+
 def test_lists_come_repeated_or_separated_by_commas(tmp_path: Path) -> None:
     settings = load(tmp_path, peers=["/a/p2p/x,/b/p2p/y", "/c/p2p/z"])
     assert settings.peers == ("/a/p2p/x", "/b/p2p/y", "/c/p2p/z")
