@@ -106,7 +106,7 @@ def hostile_bytes(draw: st.DrawFn) -> bytes:
     message = draw(st.sampled_from(samples("12D3KooWnobody")))
     head, payload = encode(message)
     good = bytes(head) + bytes(payload)
-    match draw(st.integers(0, 8)):
+    match draw(st.integers(0, 9)):
         case 0:
             return good[: draw(st.integers(0, len(good)))]
         case 1:
@@ -137,6 +137,9 @@ def hostile_bytes(draw: st.DrawFn) -> bytes:
             bomb = draw(st.sampled_from(BOMBS))
             header = {1: 1, 2: 0, 3: 1, 4: [int(DType.FLOAT32), int(Encoding.ZSTD), list(claimed)]}
             return frame(Step.TAG, msgpack.packb(header), bomb)
+        case 8:
+            codes = [draw(st.integers(0, 255)), draw(st.integers(0, 255)), [1, 2, 4]]
+            return frame(Step.TAG, msgpack.packb({1: 1, 2: 0, 3: 1, 4: codes}), bytes(32))
         case _:
             return draw(st.binary(max_size=256))
 
