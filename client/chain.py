@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
+from swarm.client.pieces import join_tokens, slice_tokens
 from swarm.connection import Connection, remote_error
 from swarm.ports import Clock, Transport
 from swarm.protocol.errors import (
@@ -42,7 +43,7 @@ from swarm.protocol.messages import (
     StepResult,
 )
 from swarm.protocol.session import ClientSession, SessionTerms
-from swarm.protocol.tensors import ITEM_BYTES, DType, Encoding, WireTensor
+from swarm.protocol.tensors import DType, Encoding, WireTensor
 from swarm.protocol.version import STREAM_PROTOCOL
 from swarm.routing import ChainPlan, is_one_machine
 from swarm.routing import Hop as PlannedHop
@@ -215,7 +216,7 @@ class Chain:
                         pending.append(
                             await self._send(
                                 session,
-                                _slice_tokens(activations, first, last),
+                                slice_tokens(activations, first, last),
                                 position + first,
                                 output_tokens=wanted,
                                 row_order=row_order if first == 0 else (),
@@ -231,7 +232,7 @@ class Chain:
                 raise error from None
             if self._observer is not None:
                 self._observer.chain_pass(rows, tokens, self._clock.monotonic_s() - started_s)
-            return _join_tokens([result.activations for result in results], output_tokens)
+            return join_tokens([result.activations for result in results], output_tokens)
 
     async def close(self) -> None:
         """Free the session on all hops and wait until the chain's task has ended."""
@@ -522,36 +523,3 @@ async def _outcome(work: Coroutine[None, None, T]) -> T | SwarmError:
         return await work
     except SwarmError as error:
         return error
-
-
-def _slice_tokens(tensor: WireTensor, first: int, last: int) -> WireTensor:
-    """Tokens ``first .. last`` of ``[rows, tokens, hidden]``; no copy when there is one row."""
-    rows, tokens, hidden = tensor.shape
-    if (first, last) == (0, tokens):
-        return tensor
-    view = memoryview(tensor.data)
-    token_bytes = hidden * ITEM_BYTES[tensor.dtype]
-    parts = [
-        view[(row * tokens + first) * token_bytes : (row * tokens + last) * token_bytes]
-        for row in range(rows)
-    ]
-    data = parts[0] if rows == 1 else b"".join(parts)
-    return WireTensor(tensor.dtype, (rows, last - first, hidden), data)
-
-
-def _join_tokens(pieces: Sequence[WireTensor], output_tokens: int) -> WireTensor:
-    """Concatenate ``[rows, *, hidden]`` pieces along tokens and keep the last ``output_tokens``."""
-    if len(pieces) == 1:
-        return _slice_tokens(pieces[0], pieces[0].shape[1] - output_tokens, pieces[0].shape[1])
-    rows, _, hidden = pieces[0].shape
-    token_bytes = hidden * ITEM_BYTES[pieces[0].dtype]
-    data = bytearray()
-    for row in range(rows):
-        joined = b"".join(
-            memoryview(piece.data)[
-                row * piece.shape[1] * token_bytes : (row + 1) * piece.shape[1] * token_bytes
-            ]
-            for piece in pieces
-        )
-        data += memoryview(joined)[len(joined) - output_tokens * token_bytes :]
-    return WireTensor(pieces[0].dtype, (rows, output_tokens, hidden), data)
