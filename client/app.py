@@ -177,6 +177,9 @@ class SwarmClient:
                 log.info("chain not opened: %s", error)
                 attempts.append(Attempt(plan, error))
                 excluded.add(error.peer_id)
+                if self._observer is not None:
+                    reason = error.code.name if error.code is not None else "NETWORK"
+                    self._observer.retried(reason.lower())
             except BaseException:
                 await chain.close()
                 raise

@@ -103,6 +103,9 @@ class ChainObserver(Protocol):
     def hops_through_client(self, count: int) -> None:
         """So many tensors crossed the client between two hops; always 0 by design."""
 
+    def retried(self, reason: str) -> None:
+        """A chain was given up for another; ``reason`` is one of a few fixed words."""
+
     def sent(self, hop: int, size_bytes: int) -> None: ...
 
     def received(self, hop: int, size_bytes: int) -> None: ...
@@ -122,7 +125,6 @@ class _Link:
 
     plan: PlannedHop
     connection: Connection
-    session_id: bytes
     opened: SessionOpened
     last_heard_s: float
     times: HopTimes = field(default_factory=HopTimes)
@@ -352,7 +354,7 @@ class Chain:
             opened = await connection.receive_only(SessionOpened)
         except SwarmError as error:
             raise HopFailed(hop, error) from error
-        return _Link(hop, connection, opened.session_id, opened, self._clock.monotonic_s())
+        return _Link(hop, connection, opened, self._clock.monotonic_s())
 
     async def _route(self, link: _Link, following: _Link) -> None:
         try:
@@ -360,7 +362,7 @@ class Chain:
                 SetRoute(
                     route_version=ROUTE_VERSION,
                     next_peer=following.plan.peer_id,
-                    next_session_id=following.session_id,
+                    next_session_id=following.opened.session_id,
                 )
             )
             await link.connection.receive_only(RouteReady)

@@ -5,7 +5,6 @@ The rest of the node sees ``api.Engine``; this is its real implementation.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Any
 
@@ -191,7 +190,7 @@ def load_engine_blocking(
     maximum_step_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> SpanEngine:
-    """Load a span and measure it. Takes seconds: from an event loop use ``load_engine``.
+    """Load a span and measure it. Takes seconds: from an event loop call it in a thread.
 
     ``cache_tokens`` (for the whole span) or ``cache_bytes`` bound the caches; without either the
     memory that is free decides. ``progress(blocks_loaded, blocks)`` is called from this thread.
@@ -223,32 +222,3 @@ def load_engine_blocking(
     return_freed_memory()
     _log.info("engine ready: %s", engine.describe())
     return engine
-
-
-async def load_engine(
-    checkpoint: Checkpoint,
-    first_block: int,
-    end_block: int,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    cache_bytes: int | None = None,
-    cache_tokens: int | None = None,
-    threads: int | None = None,
-    maximum_step_tokens: int | None = None,
-    progress: Progress | None = None,
-) -> SpanEngine:
-    """``load_engine_blocking`` in a thread; ``progress`` is called from that thread."""
-    return await asyncio.to_thread(
-        load_engine_blocking,
-        checkpoint,
-        first_block,
-        end_block,
-        device=device,
-        dtype=dtype,
-        cache_bytes=cache_bytes,
-        cache_tokens=cache_tokens,
-        threads=threads,
-        maximum_step_tokens=maximum_step_tokens,
-        progress=progress,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from swarm.catalogue.checkpoint import Checkpoint, TensorInfo
 from swarm.node.engine.capacity import blocks_that_fit
-from swarm.node.engine.engine import load_engine
+from swarm.node.engine.engine import load_engine_blocking
 from swarm.node.engine.span_loader import load_span
 from swarm.protocol.errors import CheckpointError
 
@@ -144,7 +145,8 @@ def test_a_stored_dtype_is_converted(make_tiny: Any, tmp_path: Path) -> None:
 
 async def test_progress_and_bfloat16(make_tiny: Any) -> None:
     seen: list[tuple[int, int]] = []
-    engine = await load_engine(
+    engine = await asyncio.to_thread(
+        load_engine_blocking,
         make_tiny("llama").checkpoint,
         1,
         4,
