@@ -32,9 +32,11 @@ from swarm.protocol.errors import (
 )
 from swarm.protocol.identity import PeerId
 from swarm.protocol.messages import (
+    AskLoad,
     Attach,
     Attached,
     CloseSession,
+    LoadReport,
     Message,
     OpenSession,
     Ping,
@@ -178,6 +180,9 @@ class NodeService:
     async def _converse(self, connection: Connection) -> None:
         await connection.answer_hello(self._limits.hello_timeout_s)
         first = await self._receive(connection)
+        while isinstance(first, AskLoad):
+            await connection.send(self._report_load(first))
+            first = await self._receive(connection)
         match first:
             case OpenSession():
                 await self._serve_client(connection, first)
@@ -185,6 +190,25 @@ class NodeService:
                 await self._serve_previous_hop(connection, first)
             case _:
                 raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, type(first).__name__)
+
+    def _report_load(self, question: AskLoad) -> LoadReport:
+        load = self._engine.load
+        return LoadReport(
+            accepting=int(
+                self._accepting
+                and question.model_revision == self._model_revision
+                and self._hosts(question.first_block, question.end_block)
+                and question.tokens <= load.cache_tokens_free
+                and len(self._hops) < self._limits.sessions
+            ),
+            queued_steps=load.queued_steps,
+            cache_tokens_free=load.cache_tokens_free,
+            busy_permille=min(1000, round(load.busy_fraction * 1000)),
+            sessions=len(self._hops),
+        )
+
+    def _hosts(self, first_block: int, end_block: int) -> bool:
+        return self._engine.first_block <= first_block < end_block <= self._engine.end_block
 
     async def _receive(self, connection: Connection) -> Message:
         """The next message that is no ping; a silent peer is a gone peer."""
@@ -204,7 +228,9 @@ class NodeService:
                 await connection.refuse(error)
                 continue
             if isinstance(message, Ping):
-                await connection.send(Pong(nonce=message.nonce))
+                await connection.send(
+                    Pong(nonce=message.nonce, unix_ms=round(self._clock.unix_s() * 1000))
+                )
                 continue
             return message
 
@@ -240,7 +266,7 @@ class NodeService:
         if request.model_revision != self._model_revision:
             raise ProtocolError(ErrorCode.UNKNOWN_MODEL)
         engine = self._engine
-        if not engine.first_block <= request.first_block < request.end_block <= engine.end_block:
+        if not self._hosts(request.first_block, request.end_block):
             raise ProtocolError(ErrorCode.BLOCKS_NOT_HOSTED)
         if not self._accepting:
             raise ProtocolError(ErrorCode.DRAINING)

@@ -54,6 +54,7 @@ class ErrorCode(IntEnum):
     UNSUPPORTED_DTYPE = 26
     TOO_MANY_STEPS = 27
     NEXT_HOP_UNKNOWN = 28
+    JOURNAL_GONE = 29
 
 
 ERROR_TEXTS: dict[ErrorCode, str] = {
@@ -85,6 +86,7 @@ ERROR_TEXTS: dict[ErrorCode, str] = {
     ErrorCode.UNSUPPORTED_DTYPE: "dtype or encoding not supported",
     ErrorCode.TOO_MANY_STEPS: "too many steps in flight",
     ErrorCode.NEXT_HOP_UNKNOWN: "the directory knows no such host of this model",
+    ErrorCode.JOURNAL_GONE: "this hop no longer has what it sent on",
 }
 
 

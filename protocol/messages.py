@@ -17,6 +17,15 @@ The life of a session, client ``C`` and hops ``1 .. h``::
     i -> i+1  Step                      straight on to the next hop, never back through C
     h -> C    StepResult
     C -> i    CloseSession              answered by SessionClosed, the explicit end of a stream
+
+When hop ``k`` fails, fresh hops take its place; ``a`` is the oldest step without a result::
+
+    C -> f    Hello, OpenSession(first_step=a)
+    C -> k+1  SetPrevious(f)            answered by PreviousSet
+    C -> f    SetRoute(k+1)             f dials hop k+1, as above
+    C -> k-1  SetRoute(f, replay)       hop k-1 dials f
+    k-1 -> f  Replay ...                its journal; then again Step a and those after it
+    f -> C    Replayed ...
 """
 
 from __future__ import annotations
@@ -39,6 +48,8 @@ MAX_STEP = (1 << 53) - 1
 MAX_DEADLINE_MS = 10 * 60 * 1000
 SESSION_ID_BYTES = 16
 REVISION_BYTES = 32
+DIGEST_BYTES = 32
+"""SHA-256."""
 
 
 # --- field specifications ------------------------------------------------------------------------
@@ -144,6 +155,10 @@ class OpenSession(Message):
     wire_encoding: int = wire(7, Uint(255))
     previous_peer: str = wire(8, PEER)
     left_padding: tuple[int, ...] = wire(9, Array(Uint(MAX_TOKENS), MAX_ROWS), ())
+    first_step: int = wire(10, Uint(MAX_STEP), 1)
+    """Number of the first step that this hop will see; above 1 when it takes another's place."""
+    state_from: str = wire(11, PEER, "")
+    """The only peer that may hand this session's state over; empty: nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +180,24 @@ class SetRoute(Message):
     An empty ``next_peer`` means back to the client on this very stream (the last hop).
     ``route_version`` grows with every change of the route. No address: the hop dials only peers
     that it finds in the directory as hosts of the same model, so that nobody can aim it elsewhere.
+
+    When the next hop takes the place of one that failed, the hop first replays its journal of the
+    positions ``0 .. replay_end`` to it, then sends the steps from ``resume_step`` on that it still
+    keeps again, and only then goes on. It refuses with JOURNAL_GONE what it no longer has.
     """
 
     TAG = 5
     route_version: int = wire(1, Uint(MAX_STEP))
     next_peer: str = wire(2, PEER, "")
     next_session_id: bytes = wire(3, Bytes(0, SESSION_ID_BYTES), b"")
+    resume_step: int = wire(4, Uint(MAX_STEP), 0)
+    """The first step to send again; 0: none."""
+    replay_end: int = wire(5, Uint(MAX_TOKENS), 0)
+    """How many positions of the journal to replay, or all that there are; 0: none."""
+    forward_replays: int = wire(6, Uint(1), 0)
+    """1: the next hop lacks what this hop gets replayed; pass the outputs on as replays."""
+    prepare: int = wire(7, Uint(1), 0)
+    """1: only attach to the next hop; the same route set again without this goes into force."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +271,8 @@ class Error(Message):
     retry_after_ms: int = wire(2, Uint(MAX_DEADLINE_MS), 0)
     text: str = wire(3, Text(128), "")
     step: int = wire(4, Uint(MAX_STEP), 0)
+    route_version: int = wire(5, Uint(MAX_STEP), 0)
+    """The route that it concerns; 0: none. An error about an older route is of no interest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +285,15 @@ class Ping(Message):
 
 @dataclass(frozen=True, slots=True)
 class Pong(Message):
+    """Here I am. On a control stream it also says how far the session's steps have come."""
+
     TAG = 13
     nonce: int = wire(1, Uint(MAX_STEP))
+    received_step: int = wire(2, Uint(MAX_STEP), 0)
+    """The latest step that arrived; a chain that stands still breaks where this falls."""
+    computed_step: int = wire(3, Uint(MAX_STEP), 0)
+    unix_ms: int = wire(4, Uint(MAX_STEP), 0)
+    """What the sender's clock says; 0: it does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +308,163 @@ class SessionClosed(Message):
     """Hop to client: everything is freed. A stream that stops without this broke."""
 
     TAG = 15
+
+
+# --- healing: a hop that failed is replaced ------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class SetPrevious(Message):
+    """Client to hop: from now on the session's activations come from ``previous_peer``.
+
+    The hop takes steps of the former peer until the new one has sent its first.
+    """
+
+    TAG = 16
+    route_version: int = wire(1, Uint(MAX_STEP))
+    previous_peer: str = wire(2, PEER)
+
+
+@dataclass(frozen=True, slots=True)
+class PreviousSet(Message):
+    """Hop to client: the new previous hop may attach."""
+
+    TAG = 17
+    route_version: int = wire(1, Uint(MAX_STEP))
+
+
+@dataclass(frozen=True, slots=True)
+class Replay(Message):
+    """Hop to a hop that lacks them: activations ``[rows, tokens, hidden]`` of steps long done.
+
+    They fill the cache like a step but have no number and no result. ``rows_as_of_step``: the rows
+    are already in the order that this step and those before it asked for.
+    """
+
+    TAG = 18
+    position: int = wire(1, Uint(MAX_TOKENS))
+    activations: WireTensor = wire(2, TensorField())
+    rows_as_of_step: int = wire(3, Uint(MAX_STEP))
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed(Message):
+    """Hop to client: so many positions are in the cache again."""
+
+    TAG = 19
+    length: int = wire(1, Uint(MAX_TOKENS))
+
+
+# --- questions -----------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class AskLoad(Message):
+    """First message of a stream: would you serve ``tokens`` (rows x positions) of these blocks?"""
+
+    TAG = 20
+    model_revision: bytes = wire(1, Bytes(REVISION_BYTES, REVISION_BYTES))
+    first_block: int = wire(2, Uint(MAX_BLOCKS))
+    end_block: int = wire(3, Uint(MAX_BLOCKS))
+    tokens: int = wire(4, Uint(MAX_STEP))
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport(Message):
+    """How busy a node is at this moment."""
+
+    TAG = 21
+    accepting: int = wire(1, Uint(1))
+    """0: it takes no new sessions, or not these blocks, or has not the room."""
+    queued_steps: int = wire(2, Uint(MAX_STEP))
+    cache_tokens_free: int = wire(3, Uint(MAX_STEP))
+    busy_permille: int = wire(4, Uint(1000))
+    """Share of the last seconds in which the device worked."""
+    sessions: int = wire(5, Uint(MAX_STEP))
+
+
+@dataclass(frozen=True, slots=True)
+class ProbePeer(Message):
+    """Client to hop, on the session's control stream: can you reach this hop of the session?"""
+
+    TAG = 22
+    peer: str = wire(1, PEER)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport(Message):
+    """Hop to client: whether ``peer`` answered a ping."""
+
+    TAG = 23
+    peer: str = wire(1, PEER)
+    reachable: int = wire(2, Uint(1))
+
+
+# --- hand-over: a node that leaves gives its sessions to another one -----------------------------
+@dataclass(frozen=True, slots=True)
+class Draining(Message):
+    """Hop to client: this node leaves; name a replacement within ``wait_ms``."""
+
+    TAG = 24
+    wait_ms: int = wire(1, Uint(MAX_STEP))
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver(Message):
+    """Client to leaving hop: move the state of this session to ``peer``'s ``session_id``.
+
+    Without ``final`` the hop sends what it has so far and goes on computing. With it the client
+    promises that no step is in flight: the hop sends the rest and has done its part.
+    """
+
+    TAG = 25
+    peer: str = wire(1, PEER)
+    session_id: bytes = wire(2, Bytes(SESSION_ID_BYTES, SESSION_ID_BYTES))
+    final: int = wire(3, Uint(1), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver(Message):
+    """Leaving hop to client: ``length`` positions are moved; the receiver must have ``digest``."""
+
+    TAG = 26
+    length: int = wire(1, Uint(MAX_TOKENS))
+    digest: bytes = wire(2, Bytes(DIGEST_BYTES, DIGEST_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOver(Message):
+    """First message of a stream, leaving hop to replacement: state of your session follows."""
+
+    TAG = 27
+    session_id: bytes = wire(1, Bytes(SESSION_ID_BYTES, SESSION_ID_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class CacheChunk(Message):
+    """Keys or values of one block, ``[rows, tokens, heads x head size]``, from ``position`` on."""
+
+    TAG = 28
+    block: int = wire(1, Uint(MAX_BLOCKS))
+    values: int = wire(2, Uint(1))
+    """0: keys, 1: values."""
+    position: int = wire(3, Uint(MAX_TOKENS))
+    content: WireTensor = wire(4, TensorField())
+
+
+@dataclass(frozen=True, slots=True)
+class JournalChunk(Message):
+    """A part of the leaving hop's journal: its outputs ``[rows, tokens, hidden]``."""
+
+    TAG = 29
+    position: int = wire(1, Uint(MAX_TOKENS))
+    activations: WireTensor = wire(2, TensorField())
+
+
+@dataclass(frozen=True, slots=True)
+class TakenOver(Message):
+    """Ends a round. Sent by the leaving hop, and answered with what the replacement has."""
+
+    TAG = 30
+    length: int = wire(1, Uint(MAX_TOKENS))
+    next_step: int = wire(2, Uint(MAX_STEP))
+    digest: bytes = wire(3, Bytes(DIGEST_BYTES, DIGEST_BYTES))
 
 
 MESSAGE_TYPES: tuple[type[Message], ...] = (
@@ -290,6 +483,21 @@ MESSAGE_TYPES: tuple[type[Message], ...] = (
     Pong,
     CloseSession,
     SessionClosed,
+    SetPrevious,
+    PreviousSet,
+    Replay,
+    Replayed,
+    AskLoad,
+    LoadReport,
+    ProbePeer,
+    ProbeReport,
+    Draining,
+    HandOver,
+    HandedOver,
+    TakeOver,
+    CacheChunk,
+    JournalChunk,
+    TakenOver,
 )
 
 RETIRED_TAGS: frozenset[int] = frozenset()

@@ -6,6 +6,7 @@ batching, attention) is the engine's own business.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +51,27 @@ class StepOutput:
     activations: WireTensor
     queue_us: int
     compute_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRegion:
+    """Keys and values of blocks ``[first_block, end_block)`` at positions ``[first, end)``."""
+
+    first_block: int
+    end_block: int
+    first_position: int
+    end_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheState:
+    """What makes sense of a cache's keys and values.
+
+    ``left_padding`` has one count per row, in the present order of the rows.
+    """
+
+    length: int
+    left_padding: tuple[int, ...]
 
 
 class SessionCache(Protocol):
@@ -99,6 +121,39 @@ class Engine(Protocol):
         Steps of one cache run in the order of the calls. Cancelling is safe before the step has
         started and otherwise waits for it. Raises ProtocolError(NOT_FINITE) when activations, in or
         out, are not finite or beyond the model's limit.
+        """
+
+    def cut_region(self, cache: SessionCache, region: CacheRegion) -> Sequence[CacheRegion]:
+        """``region`` in pieces that are quickly copied and fit into one message each.
+
+        A piece holds all rows. The pieces of one region never overlap and are in a fixed order.
+        """
+
+    async def export_state(self, cache: SessionCache) -> CacheState:
+        """Length and padding after the steps computed so far."""
+
+    async def export_region(self, cache: SessionCache, region: CacheRegion) -> WireTensor:
+        """A copy of the keys and values of a piece, in the cache's dtype.
+
+        Its shape is the engine's business; an engine of the same model and dtype takes it as it is.
+        Runs between two batches, so that steps are not delayed. Raises ProtocolError(BAD_POSITION)
+        for positions that are not cached, BLOCKS_NOT_HOSTED for blocks that are not.
+        """
+
+    async def import_region(
+        self, cache: SessionCache, region: CacheRegion, content: WireTensor
+    ) -> None:
+        """Write what another engine exported, bit for bit.
+
+        Nothing of it counts before :meth:`import_state`. Raises ProtocolError, and then nothing
+        changed: BAD_TENSOR when dtype or shape do not fit this cache, NOT_FINITE, BAD_POSITION for
+        positions beyond the reservation, BLOCKS_NOT_HOSTED.
+        """
+
+    async def import_state(self, cache: SessionCache, state: CacheState) -> None:
+        """Let the cache continue at ``state.length``; positions never imported are zeros.
+
+        Raises ProtocolError(BAD_POSITION, BAD_FIELD) when it does not fit the reservation.
         """
 
     async def close(self) -> None:

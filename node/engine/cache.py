@@ -8,8 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from swarm.node.engine.api import CacheRequest
+from swarm.compute.wire_tensors import WIRE_DTYPES, tensor_from_wire, tensor_to_wire
+from swarm.node.engine.api import CacheRegion, CacheRequest, CacheState
 from swarm.protocol.errors import ErrorCode, ProtocolError
+from swarm.protocol.tensors import WireTensor
+
+PIECE_BYTES = 256 * 1024
+"""How much of a cache is moved at a time: copied in a fraction of a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,81 @@ class SpanCache:
         for block in range(used.shape[0]):
             used[block].copy_(used[block].index_select(0, order))
         self.padding = tuple(self.padding[row] for row in row_order)
+
+    def state(self) -> CacheState:
+        return CacheState(self.length, tuple(self.padding))
+
+    def cut(self, region: CacheRegion) -> list[CacheRegion]:
+        """Pieces of at most ``PIECE_BYTES``: several blocks each if possible, else positions."""
+        _, rows, two, kv_heads, _, head_dim = self.key_values.shape
+        position_bytes = rows * two * kv_heads * head_dim * self.key_values.element_size()
+        positions = region.end_position - region.first_position
+        blocks_each = max(1, PIECE_BYTES // max(1, positions * position_bytes))
+        positions_each = max(1, PIECE_BYTES // position_bytes)
+        return [
+            CacheRegion(
+                block,
+                min(block + blocks_each, region.end_block),
+                position,
+                min(position + positions_each, region.end_position),
+            )
+            for block in range(region.first_block, region.end_block, blocks_each)
+            for position in range(region.first_position, region.end_position, positions_each)
+        ]
+
+    def read(self, region: CacheRegion) -> WireTensor:
+        """A copy of a region: ``[blocks x rows x 2 x kv_heads, positions, head_dim]``."""
+        if region.end_position > self.length:
+            raise ProtocolError(ErrorCode.BAD_POSITION, f"{self.length} positions are cached")
+        content = self._region(region)
+        return tensor_to_wire(content.flatten(0, 3), WIRE_DTYPES[content.dtype])
+
+    def write(self, region: CacheRegion, content: WireTensor) -> None:
+        """Put in what another cache's :meth:`read` gave, or raise ProtocolError before."""
+        destination = self._region(region)
+        blocks, rows, two, kv_heads, positions, head_dim = destination.shape
+        shape = (blocks * rows * two * kv_heads, positions, head_dim)
+        if content.dtype is not WIRE_DTYPES[destination.dtype] or content.shape != shape:
+            raise ProtocolError(
+                ErrorCode.BAD_TENSOR, f"{content.dtype.name} {content.shape} for a cache's {shape}"
+            )
+        source = tensor_from_wire(content)
+        if not torch.isfinite(source).all():
+            raise ProtocolError(ErrorCode.NOT_FINITE, "a cache")
+        destination.copy_(source.view(destination.shape))
+
+    def resume(self, state: CacheState) -> None:
+        """Continue where another cache was, or raise ProtocolError before."""
+        if not 0 <= state.length <= self.request.maximum_tokens:
+            raise ProtocolError(ErrorCode.BAD_POSITION, f"{state.length} positions")
+        if len(state.left_padding) != self.request.rows:
+            raise ProtocolError(ErrorCode.BAD_FIELD, "left_padding needs one count per row")
+        if not all(0 <= count < self.request.maximum_tokens for count in state.left_padding):
+            raise ProtocolError(ErrorCode.BAD_FIELD, "left_padding out of bounds")
+        self.length = state.length
+        self.padding = state.left_padding
+        self.has_padding = any(state.left_padding)
+
+    def _region(self, region: CacheRegion) -> torch.Tensor:
+        """The region's ``[blocks, rows, 2, kv_heads, positions, head_dim]``, not a copy."""
+        if self.closed:
+            raise ProtocolError(ErrorCode.UNKNOWN_SESSION, "the session was closed")
+        request = self.request
+        if not request.first_block <= region.first_block < region.end_block <= request.end_block:
+            raise ProtocolError(
+                ErrorCode.BLOCKS_NOT_HOSTED, f"{region.first_block}:{region.end_block}"
+            )
+        if not 0 <= region.first_position < region.end_position <= request.maximum_tokens:
+            raise ProtocolError(
+                ErrorCode.BAD_POSITION, f"{region.first_position}:{region.end_position}"
+            )
+        first = request.first_block
+        return self.key_values[
+            region.first_block - first : region.end_block - first,
+            ...,
+            region.first_position : region.end_position,
+            :,
+        ]
 
     def close(self) -> None:
         """Free the reservation, at the end of the running step if there is one."""

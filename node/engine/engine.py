@@ -6,6 +6,7 @@ The rest of the node sees ``api.Engine``; this is its real implementation.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,13 +14,22 @@ import torch
 from swarm.catalogue.checkpoint import Checkpoint
 from swarm.compute.devices import choose_device, choose_dtype, dtype_name
 from swarm.node.engine import capacity
-from swarm.node.engine.api import CacheRequest, EngineLoad, SessionCache, StepInput, StepOutput
+from swarm.node.engine.api import (
+    CacheRegion,
+    CacheRequest,
+    CacheState,
+    EngineLoad,
+    SessionCache,
+    StepInput,
+    StepOutput,
+)
 from swarm.node.engine.batching import BatchLimits
 from swarm.node.engine.cache import CacheBudget, SpanCache
 from swarm.node.engine.span_loader import Progress, Span, load_span, return_freed_memory
 from swarm.node.engine.worker import BatchObserver, Worker
 from swarm.protocol.errors import ErrorCode, ProtocolError, UsageError
 from swarm.protocol.messages import MAX_PAYLOAD_BYTES
+from swarm.protocol.tensors import WireTensor
 
 _log = logging.getLogger(__name__)
 _MOST_STEP_TOKENS = 512
@@ -39,6 +49,12 @@ class SpanCacheHandle:
         """Free the reservation; queued steps are refused. A second call does nothing."""
         self._worker.drop(self.cache)
         self.cache.close()
+
+
+def _own(cache: SessionCache) -> SpanCache:
+    if not isinstance(cache, SpanCacheHandle):
+        raise UsageError("the cache is not of this engine")
+    return cache.cache
 
 
 def _step_tokens(prefill_tokens_per_s: float) -> int:
@@ -148,10 +164,30 @@ class SpanEngine:
         return SpanCacheHandle(cache, self._worker)
 
     async def step(self, cache: SessionCache, step: StepInput) -> StepOutput:
-        if not isinstance(cache, SpanCacheHandle):
-            raise UsageError("the cache is not of this engine")
-        self._check(cache.cache, step)
-        return await self._worker.run(cache.cache, step)
+        own = _own(cache)
+        self._check(own, step)
+        return await self._worker.run(own, step)
+
+    def cut_region(self, cache: SessionCache, region: CacheRegion) -> Sequence[CacheRegion]:
+        return _own(cache).cut(region)
+
+    async def export_state(self, cache: SessionCache) -> CacheState:
+        own = _own(cache)
+        return await self._worker.call(own, own.state)
+
+    async def export_region(self, cache: SessionCache, region: CacheRegion) -> WireTensor:
+        own = _own(cache)
+        return await self._worker.call(own, lambda: own.read(region))
+
+    async def import_region(
+        self, cache: SessionCache, region: CacheRegion, content: WireTensor
+    ) -> None:
+        own = _own(cache)
+        await self._worker.call(own, lambda: own.write(region, content))
+
+    async def import_state(self, cache: SessionCache, state: CacheState) -> None:
+        own = _own(cache)
+        await self._worker.call(own, lambda: own.resume(state))
 
     def _check(self, cache: SpanCache, step: StepInput) -> None:
         """What does not depend on the steps before; the rest is checked when the step runs."""

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
@@ -52,6 +53,7 @@ class BatchReport:
     longest_wait_s: float
 
 
+T = TypeVar("T")
 BatchObserver = Callable[[BatchReport], None]
 Result = StepOutput | ProtocolError
 
@@ -65,6 +67,15 @@ class _Job:
     queued_at_s: float = field(default_factory=time.perf_counter)
 
 
+@dataclass(slots=True, eq=False)
+class _Call:
+    """Something short for the device thread to do between two batches."""
+
+    cache: SpanCache
+    function: Callable[[], Any]
+    future: asyncio.Future[Any]
+
+
 class Worker:
     """Runs steps of one span. All methods are for the event loop; ``_run`` is the thread."""
 
@@ -73,6 +84,7 @@ class Worker:
         self._limits = limits
         self._threads = threads
         self._waiting: list[_Job] = []
+        self._calls: deque[_Call] = deque()
         self._changed = threading.Condition()
         self._stopping = False
         self._last_steps: dict[int, float] = {}
@@ -119,6 +131,26 @@ class Worker:
                 await _finished(job.future)
             raise
 
+    async def call(self, cache: SpanCache, function: Callable[[], T]) -> T:
+        """Run ``function``, which is short, on the device thread between two batches.
+
+        Other sessions' steps wait for one call at most. Cancelling waits for it.
+        """
+        loop = self._start()
+        call = _Call(cache, function, loop.create_future())
+        with self._changed:
+            if self._stopping:
+                raise ProtocolError(ErrorCode.DRAINING, "the engine is closed")
+            cache.steps_running += 1
+            self._calls.append(call)
+            self._changed.notify()
+        try:
+            result: T = await asyncio.shield(call.future)
+        except asyncio.CancelledError:
+            await _finished(call.future)
+            raise
+        return result
+
     def drop(self, cache: SpanCache) -> None:
         """Refuse the steps of ``cache`` that have not started."""
         with self._changed:
@@ -133,7 +165,10 @@ class Worker:
         with self._changed:
             self._stopping = True
             dropped, self._waiting = self._waiting, []
+            calls, self._calls = self._calls, deque()
             self._changed.notify()
+        for call in calls:
+            self._call_ended(call, None, ProtocolError(ErrorCode.DRAINING, "the engine is closing"))
         for job in dropped:
             _refuse(job, ProtocolError(ErrorCode.DRAINING, "the engine is closing"))
         if self._thread is not None:
@@ -190,9 +225,15 @@ class Worker:
         """Wait for the next batch; empty at the end."""
         with self._changed:
             while not self._stopping:
+                if self._calls:
+                    self._run_call(self._calls.popleft())
                 if not self._waiting:
                     self._give_back_memory()
-                    self._changed.wait_for(lambda: self._waiting or self._stopping)
+                    self._changed.wait_for(
+                        lambda: self._waiting or self._calls or self._stopping
+                    )
+                    if not self._waiting:
+                        continue
                     self._gather()
                 chosen = set(choose_batch([job.waiting for job in self._waiting], self._limits))
                 jobs = [job for index, job in enumerate(self._waiting) if index in chosen]
@@ -214,6 +255,30 @@ class Worker:
                 return_freed_memory()
             finally:
                 self._changed.acquire()
+
+    def _run_call(self, call: _Call) -> None:
+        """One call, while the event loop may add steps."""
+        self._changed.release()
+        try:
+            result, error = call.function(), None
+        except Exception as raised:
+            result, error = None, raised
+        finally:
+            self._changed.acquire()
+        assert self._loop is not None  # noqa: S101 (the thread is started with it)
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._call_ended, call, result, error)
+
+    def _call_ended(self, call: _Call, result: Any, error: Exception | None) -> None:
+        """On the event loop: wake who waits, and free the cache if it was closed meanwhile."""
+        call.cache.steps_running -= 1
+        call.cache.release_if_idle()
+        if call.future.done():
+            return
+        if error is None:
+            call.future.set_result(result)
+        else:
+            call.future.set_exception(error)
 
     def _gather(self) -> None:
         """Give steps that arrive in a row, but one by one, the time to meet in one batch.
@@ -264,7 +329,7 @@ class Worker:
             observer(report)
 
 
-async def _finished(future: asyncio.Future[StepOutput]) -> None:
+async def _finished(future: asyncio.Future[Any]) -> None:
     """Wait for a running step through further cancellations; it takes one batch at most."""
     while not future.done():
         with contextlib.suppress(asyncio.CancelledError):
