@@ -10,41 +10,33 @@ import asyncio
 import logging
 import random
 import tempfile
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from swarm.client.chain import Chain, ChainObserver, ChainTimeouts, HopFailed, SessionRequest
+from swarm.client.chain import Chain, ChainObserver, ChainTimeouts
 from swarm.client.config import ClientSettings
+from swarm.client.hops import SessionRequest
+from swarm.client.known_nodes import KnownNodes
+from swarm.client.router import OLDEST_VIEW_S, READ_AGAIN_S, Router
+from swarm.journal import JournalBudget
 from swarm.membership import ModelSummary, list_models, read_nodes
 from swarm.ports import Clock, Directory, Transport
-from swarm.protocol.errors import ErrorCode, NoRouteError, SwarmError
-from swarm.protocol.identity import PeerId
+from swarm.protocol.errors import NoRouteError
 from swarm.protocol.records import NodeRecord
 from swarm.protocol.tensors import DType
-from swarm.routing import ChainPlan, choose_chain
+from swarm.routing import Needs
 from swarm.virtual_time import LoopClock
 
 log = logging.getLogger(__name__)
-
-OPEN_ATTEMPTS = 4
-"""Chains that are tried before a session is given up; each failed hop is left out of the next."""
 
 
 class Network(Transport, Directory, Protocol):
     """Both ports of one peer."""
 
     async def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """A chain that could not be opened, and why."""
-
-    plan: ChainPlan
-    error: SwarmError
 
 
 class SwarmClient:
@@ -64,7 +56,9 @@ class SwarmClient:
         self._timeouts = timeouts or ChainTimeouts()
         self._observer = observer
         self._random = random.Random(seed)  # noqa: S311  (spreads load; no secret)
-        self._chains: set[asyncio.Task[None]] = set()
+        self._known: dict[bytes, KnownNodes] = {}
+        self._journals = JournalBudget()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._resources = AsyncExitStack()
 
     @classmethod
@@ -115,9 +109,9 @@ class SwarmClient:
 
     async def close(self) -> None:
         """Close all chains and leave the network."""
-        for task in tuple(self._chains):
+        for task in tuple(self._tasks):
             task.cancel()
-        await asyncio.gather(*self._chains, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._resources.aclose()
 
     async def models(self) -> list[ModelSummary]:
@@ -141,53 +135,66 @@ class SwarmClient:
         ``dtype`` restricts the nodes to one compute precision. Raises NoRouteError when blocks are
         served by nobody or have no room, and when too many attempts failed.
         """
-        excluded: set[PeerId] = set()
-        attempts: list[Attempt] = []
-        for _ in range(OPEN_ATTEMPTS):
-            records = await self.nodes(request.model_revision)
-            if not records:
-                raise NoRouteError(await self._unknown_model(request, model_name))
-            try:
-                plan = choose_chain(
-                    records,
-                    number_of_blocks=number_of_blocks,
-                    dtype=dtype,
-                    excluded=excluded,
-                    tokens=request.rows * request.maximum_tokens,
-                    dice=self._random,
-                )
-            except NoRouteError as error:
-                if attempts:
-                    raise _tried(attempts, error) from attempts[-1].error
-                raise
-            chain = Chain(
-                self._network,
-                plan,
-                request,
-                clock=self._clock,
-                observer=self._observer,
-                timeouts=self._timeouts,
-            )
-            task = asyncio.create_task(chain.run())
-            self._chains.add(task)
-            task.add_done_callback(self._chains.discard)
-            try:
-                await chain.opened()
-            except HopFailed as error:
-                log.info("chain not opened: %s", error)
-                attempts.append(Attempt(plan, error))
-                excluded.add(error.peer_id)
-                if self._observer is not None:
-                    reason = error.code.name if error.code is not None else "NETWORK"
-                    self._observer.retried(reason.lower())
-            except BaseException:
-                await chain.close()
-                raise
-            else:
-                return chain
-        raise _tried(attempts, None) from attempts[-1].error
+        router = Router(
+            self._network,
+            await self._known_nodes(request.model_revision, model_name),
+            Needs(
+                request.model_revision,
+                number_of_blocks,
+                tokens=request.rows * request.maximum_tokens,
+                dtype=dtype,
+            ),
+            clock=self._clock,
+            dice=self._random,
+        )
+        chain = Chain(
+            self._network,
+            router,
+            request,
+            number_of_blocks,
+            clock=self._clock,
+            observer=self._observer,
+            timeouts=self._timeouts,
+            journal_budget=self._journals,
+        )
+        self._own(chain.run())
+        try:
+            await chain.opened()
+        except BaseException:
+            await chain.close()
+            raise
+        return chain
 
-    async def _unknown_model(self, request: SessionRequest, model_name: str) -> str:
+    async def _known_nodes(self, model_revision: bytes, model_name: str) -> KnownNodes:
+        """What this client knows of a model, kept young as long as it opens sessions.
+
+        Raises NoRouteError when nobody serves it.
+        """
+        known = self._known.get(model_revision)
+        if known is None:
+            known = KnownNodes(self._network, model_revision, clock=self._clock, dice=self._random)
+            self._known[model_revision] = known
+            self._own(self._keep_young(known))
+        await known.refresh(older_than_s=OLDEST_VIEW_S)
+        if not known.records:
+            await known.refresh(older_than_s=READ_AGAIN_S)
+        if not known.records:
+            raise NoRouteError(await self._unknown_model(model_name))
+        return known
+
+    async def _keep_young(self, known: KnownNodes) -> None:
+        try:
+            await known.run()
+        finally:
+            del self._known[known.model_revision]
+
+    def _own(self, work: Coroutine[None, None, None]) -> None:
+        """Run until it ends or the client is closed."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _unknown_model(self, model_name: str) -> str:
         served = await self.models()
         others = [model for model in served if model.model_name == model_name]
         if others:
@@ -197,31 +204,3 @@ class SwarmClient:
             )
         names = ", ".join(sorted({model.model_name for model in served})) or "no model at all"
         return f"nobody serves {model_name}; this swarm serves: {names}"
-
-
-def _tried(attempts: list[Attempt], last: NoRouteError | None) -> NoRouteError:
-    """One error that says what was tried; `no room` keeps its hint when to come back."""
-    reasons = "; ".join(str(attempt.error) for attempt in attempts)
-    retry_after_ms = max(
-        (error.retry_after_ms for error in map(_hop_error, attempts) if error), default=0
-    )
-    full = all(
-        error is not None and error.code in (ErrorCode.NO_CAPACITY, ErrorCode.TOO_MANY_SESSIONS)
-        for error in map(_hop_error, attempts)
-    )
-    if full:
-        hint = f"; retry in {retry_after_ms / 1000:.0f} s" if retry_after_ms else ""
-        text = f"no room for this session now{hint} ({reasons})"
-    else:
-        text = f"no chain could be opened: {reasons}"
-        if last is not None:
-            text += f"; without these nodes, {last}"
-    return NoRouteError(
-        text,
-        missing_blocks=last.missing_blocks if last is not None else (),
-        retry_after_ms=retry_after_ms,
-    )
-
-
-def _hop_error(attempt: Attempt) -> HopFailed | None:
-    return attempt.error if isinstance(attempt.error, HopFailed) else None

@@ -1,8 +1,13 @@
 """A live chain: one session through the hops that together hold all blocks of a model.
 
 Activations go to the first hop and come back from the last one; between hops they travel directly.
-``Chain.run`` is the one task of a chain and owns its readers and its heartbeat; the application
-puts it into its TaskGroup. ``step`` may be called from any task of the same loop, one at a time.
+``Chain.run`` is the one task of a chain and owns its readers, its watch and its healing; the
+application puts it into its TaskGroup. ``step`` may be called from any task of the same loop, one
+at a time.
+
+When hops are lost, ``step`` just takes longer: the gap is filled (``client.hops``), and the steps
+that had no result yet go on under their old numbers. When it cannot be filled, ``step`` raises and
+the chain stays usable: the next ``step`` tries again.
 
 The chain knows neither tokens nor torch: ``client.model`` and ``client.generate`` do.
 """
@@ -11,76 +16,49 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-from swarm.client.pieces import join_tokens, slice_tokens
-from swarm.connection import Connection, remote_error
+from swarm.client.healing import HEAL_ATTEMPTS, Patience, could_not_heal, could_not_open
+from swarm.client.hops import Hops, HopTimeouts, NothingToReplay, SessionRequest
+from swarm.client.link import HopFailed, HopTimes, Link
+from swarm.client.planner import Planner
+from swarm.client.router import failure_kind
+from swarm.connection import remote_error
+from swarm.journal import Journal, JournalBudget
+from swarm.pieces import join_tokens, slice_tokens
 from swarm.ports import Clock, Transport
 from swarm.protocol.errors import (
-    ERROR_TEXTS,
     ErrorCode,
     NetworkError,
+    NoRouteError,
     ProtocolError,
-    RemoteError,
     SwarmError,
 )
+from swarm.protocol.identity import PeerId
 from swarm.protocol.messages import (
     MAX_DEADLINE_MS,
     CloseSession,
     Error,
     Message,
-    OpenSession,
     Ping,
     Pong,
-    RouteReady,
     SessionClosed,
-    SessionOpened,
-    SetRoute,
     Step,
     StepResult,
 )
-from swarm.protocol.session import ClientSession, SessionTerms
-from swarm.protocol.tensors import DType, Encoding, WireTensor
-from swarm.protocol.version import STREAM_PROTOCOL
+from swarm.protocol.session import ClientSession, SessionTerms, accepted_step_tokens
+from swarm.protocol.tensors import WireTensor
 from swarm.routing import ChainPlan, is_one_machine
-from swarm.routing import Hop as PlannedHop
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-ROUTE_VERSION = 1
 PIPELINED_PIECE_TOKENS = 128
 """Small enough to fill a chain of a few hops with a common prompt, large enough for the device."""
-
-
-class HopFailed(NetworkError):
-    """A hop refused, broke the protocol or is gone; ``peer_id`` says which, the cause says why."""
-
-    def __init__(self, hop: PlannedHop, cause: SwarmError) -> None:
-        self.peer_id = hop.peer_id
-        self.code = cause.code if isinstance(cause, RemoteError | ProtocolError) else None
-        self.retry_after_ms = cause.retry_after_ms if isinstance(cause, RemoteError) else 0
-        name = hop.display_name or hop.peer_id
-        reason = ERROR_TEXTS[cause.code] if isinstance(cause, RemoteError) else str(cause)
-        super().__init__(f"{name} (blocks {hop.first_block}-{hop.end_block - 1}): {reason}")
-        self.__cause__ = cause
-
-
-@dataclass(frozen=True, slots=True)
-class SessionRequest:
-    """What a session needs from every hop."""
-
-    model_revision: bytes
-    hidden_size: int
-    rows: int
-    maximum_tokens: int
-    wire_dtype: DType
-    left_padding: tuple[int, ...] = ()
-    wire_encoding: Encoding = Encoding.RAW
+STEPS_IN_FLIGHT = 4
+JOINT_GRACE_S = 0.2
+"""A stream between two hops that breaks mostly means that one of them is gone: its own stream to
+the client then breaks too, a moment later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +67,12 @@ class ChainTimeouts:
 
     open_s: float = 20.0
     step_s: float = 120.0
+    """For the answer to one step, healing included."""
+    heal_s: float = 8.0
+    """For replacements to turn up, when nobody has the blocks that are missing."""
+    offline_s: float = 90.0
+    """The same while no other peer answers either: then it is our own network that is gone."""
+    hop: HopTimeouts = field(default_factory=HopTimeouts)
     heartbeat_s: float = 3.0
     silence_s: float = 12.0
     """A hop that answers no ping for this long is gone."""
@@ -104,69 +88,88 @@ class ChainObserver(Protocol):
         """So many tensors crossed the client between two hops; always 0 by design."""
 
     def retried(self, reason: str) -> None:
-        """A chain was given up for another; ``reason`` is one of a few fixed words."""
+        """A hop was given up for another; ``reason`` is one of a few fixed words."""
+
+    def healed(self, duration_s: float, replayed_tokens: int, replayed_bytes: int) -> None:
+        """A chain was made whole; what the client itself had to send again for it."""
 
     def sent(self, hop: int, size_bytes: int) -> None: ...
 
     def received(self, hop: int, size_bytes: int) -> None: ...
 
 
-@dataclass(slots=True)
-class HopTimes:
-    """What one hop reported for the latest step, in microseconds."""
-
-    queue_us: int = 0
-    compute_us: int = 0
-
-
-@dataclass(slots=True)
-class _Link:
-    """The control stream of one hop."""
-
-    plan: PlannedHop
-    connection: Connection
-    opened: SessionOpened
-    last_heard_s: float
-    times: HopTimes = field(default_factory=HopTimes)
-
-
 class Chain:
-    """One session through a chain of hops."""
+    """One session through a chain of hops that are replaced when they fail."""
 
     def __init__(
         self,
         transport: Transport,
-        plan: ChainPlan,
+        planner: Planner,
         request: SessionRequest,
+        number_of_blocks: int,
         *,
         clock: Clock,
         observer: ChainObserver | None = None,
         timeouts: ChainTimeouts | None = None,
+        journal_budget: JournalBudget | None = None,
     ) -> None:
-        self._transport = transport
-        self._plan = plan
+        self._planner = planner
         self._request = request
         self._clock = clock
         self._observer = observer
         self._timeouts = timeouts or ChainTimeouts()
-        self._links: list[_Link] = []
-        self._session: ClientSession | None = None
+        self._hops = Hops(
+            transport,
+            planner,
+            request,
+            number_of_blocks,
+            clock=clock,
+            timeouts=self._timeouts.hop,
+            on_open=self._start_reading,
+            on_loss=self._lost,
+        )
+        self._session = ClientSession(
+            SessionTerms(
+                rows=request.rows,
+                maximum_tokens=request.maximum_tokens,
+                hidden_size=request.hidden_size,
+                wire_dtype=request.wire_dtype,
+                wire_encoding=request.wire_encoding,
+                maximum_step_tokens=accepted_step_tokens(request.hidden_size, request.wire_dtype),
+                maximum_steps_in_flight=STEPS_IN_FLIGHT,
+            )
+        )
+        self._journal = Journal(
+            rows=request.rows,
+            hidden_size=request.hidden_size,
+            dtype=request.wire_dtype,
+            budget=journal_budget or JournalBudget(),
+        )
+        self._unanswered: dict[int, Step] = {}
         self._results: dict[int, asyncio.Future[StepResult]] = {}
         self._may_issue = asyncio.Event()
         self._may_issue.set()
+        loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[None] = loop.create_future()
+        self._whole: asyncio.Future[None] = loop.create_future()
+        """Done while the chain is whole; its exception says why it could not be healed."""
+        self._trouble = asyncio.Event()
+        self._broken_joints: set[Link] = set()
         self._goodbyes = asyncio.Semaphore(0)
-        self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._closing = asyncio.Event()
         self._ended = asyncio.Event()
         self._failure: SwarmError | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+        self._readers: set[asyncio.Task[None]] = set()
+        self._relayed = 0
         self._passes = 0
         self._one_step = asyncio.Lock()
 
     # --- what callers see
     @property
     def plan(self) -> ChainPlan:
-        """The hops that serve this session."""
-        return self._plan
+        """The hops that serve this session now."""
+        return self._hops.plan
 
     @property
     def passes(self) -> int:
@@ -176,12 +179,12 @@ class Chain:
     @property
     def length(self) -> int:
         """Tokens in the remote caches."""
-        return self._session.length if self._session is not None else 0
+        return self._session.length
 
     @property
     def hop_times(self) -> tuple[HopTimes, ...]:
         """Queue and compute time of each hop in the latest step."""
-        return tuple(link.times for link in self._links)
+        return tuple(link.times for link in self._hops.links)
 
     async def opened(self) -> None:
         """Wait until the chain is ready; raises why it could not be opened."""
@@ -198,18 +201,22 @@ class Chain:
         """Pass ``[rows, tokens, hidden]`` through all blocks: ``[rows, output_tokens, hidden]``.
 
         ``position`` below :attr:`length` first drops what is cached from there on. Long inputs go
-        as several steps, of which the hops work on different ones at the same time. Raises
-        HopFailed when a hop fails and NetworkError when the answer is late; the chain is then of no
-        more use. Cancelling is safe, but the chain must be closed afterwards.
+        as several steps, of which the hops work on different ones at the same time.
+
+        Raises NoRouteError when lost hops could not be replaced, which names their blocks and what
+        was tried; nothing of the step counts then, and it may be asked for again. Raises
+        NetworkError when the answer is late; the chain is then of no more use. Cancelling is safe,
+        but the chain must be closed afterwards.
         """
         async with self._one_step:
-            session = self._usable_session()
+            self._require_usable()
             started_s = self._clock.monotonic_s()
             rows, tokens, _ = activations.shape
-            per_step = max(1, self._piece_tokens(session) // rows)
             pending: list[asyncio.Future[StepResult]] = []
             try:
                 async with asyncio.timeout(self._timeouts.step_s) as deadline:
+                    await self._be_whole()
+                    per_step = max(1, self._piece_tokens() // rows)
                     for first in range(0, tokens, per_step):
                         last = min(first + per_step, tokens)
                         # Of an earlier piece the caller may want some positions too; at least one
@@ -217,7 +224,6 @@ class Chain:
                         wanted = max(1, last - max(first, tokens - output_tokens))
                         pending.append(
                             await self._send(
-                                session,
                                 slice_tokens(activations, first, last),
                                 position + first,
                                 output_tokens=wanted,
@@ -239,196 +245,314 @@ class Chain:
     async def close(self) -> None:
         """Free the session on all hops and wait until the chain's task has ended."""
         self._closing.set()
+        self._trouble.set()
         await self._ended.wait()
 
     @property
     def hops_through_client(self) -> int:
         """Tensors that crossed the client between two hops, counted on the streams: 0 by design."""
-        return sum(self._relayed_by_client(link) for link in self._links)
+        return self._relayed + sum(map(self._relayed_by_client, self._hops.links))
 
-    def _relayed_by_client(self, link: _Link) -> int:
+    def _relayed_by_client(self, link: Link) -> int:
         relayed = 0
-        if link is not self._links[0]:
+        if link.hop.first_block > 0:
             relayed += link.connection.tensors_sent
-        if link is not self._links[-1]:
+        if not self._hops.ends_with(link):
             relayed += link.connection.tensors_received
         return relayed
 
     # --- the chain's task
     async def run(self) -> None:
-        """Open the chain, keep it alive until :meth:`close` or a failure, then free it.
+        """Open the chain, keep it whole until :meth:`close`, then free it.
 
         Never raises for what a peer did: callers of ``opened`` and ``step`` get that.
         """
         try:
-            async with AsyncExitStack() as stack:
+            async with asyncio.TaskGroup() as self._tasks:
                 try:
-                    async with asyncio.timeout(self._timeouts.open_s):
-                        await self._open(stack)
-                except TimeoutError:
-                    raise NetworkError(
-                        f"the chain could not be opened within {self._timeouts.open_s:.0f} s"
-                    ) from None
-                self._opened.set_result(None)
-                async with asyncio.TaskGroup() as tasks:
-                    own = [tasks.create_task(self._read(link)) for link in self._links]
-                    own.append(tasks.create_task(self._heartbeat()))
-                    await self._closing.wait()
-                    if self._failure is None:
+                    await self._open()
+                    async with asyncio.TaskGroup() as own:
+                        watching = own.create_task(self._heartbeat())
+                        await self._keep_whole()
+                        watching.cancel()
                         await self._say_goodbye()
-                    for task in own:
-                        task.cancel()
-        except SwarmError as error:
-            self._fail(error)
+                finally:
+                    for reader in self._readers:
+                        reader.cancel()
+                    for link in tuple(self._hops.links):
+                        await link.connection.close()
+        except* SwarmError as group:
+            self._fail(_first(group))
         finally:
             self._report()
             self._fail(NetworkError("the chain is closed"))
-            if not self._opened.done():
-                self._opened.set_exception(self._failure or NetworkError("the chain is closed"))
-            if not self._opened.cancelled():
-                self._opened.exception()  # read it once: nobody may be waiting
+            self._journal.drop()
             self._ended.set()
 
-    async def _open(self, stack: AsyncExitStack) -> None:
-        hops = self._plan.hops
-        async with asyncio.TaskGroup() as tasks:
-            opening = [
-                tasks.create_task(_outcome(self._open_hop(stack, index)))
-                for index in range(len(hops))
-            ]
-        for task in opening:
-            link = task.result()
-            if isinstance(link, SwarmError):
-                raise link
-            self._links.append(link)
-        request = self._request
-        terms = SessionTerms(
-            rows=request.rows,
-            maximum_tokens=request.maximum_tokens,
-            hidden_size=request.hidden_size,
-            wire_dtype=request.wire_dtype,
-            wire_encoding=request.wire_encoding,
-            # What all hops accept.
-            maximum_step_tokens=min(link.opened.maximum_step_tokens for link in self._links),
-            maximum_steps_in_flight=min(
-                link.opened.maximum_steps_in_flight for link in self._links
-            ),
-        )
-        if terms.maximum_step_tokens < 1 or terms.maximum_steps_in_flight < 1:
-            raise ProtocolError(ErrorCode.BAD_FIELD, "a hop accepts no steps")
-        self._session = ClientSession(terms)
-        self._links[-1].connection.maximum_payload_bytes = terms.maximum_payload_bytes
-        async with asyncio.TaskGroup() as tasks:
-            routing = [
-                tasks.create_task(_outcome(self._route(link, following)))
-                for link, following in zip(self._links, self._links[1:], strict=False)
-            ]
-        for routed in routing:
-            failure = routed.result()
-            if failure is not None:
-                raise failure
-
-    async def _open_hop(self, stack: AsyncExitStack, index: int) -> _Link:
-        hop = self._plan.hops[index]
-        own = self._transport.peer_id
-        previous = self._plan.hops[index - 1].peer_id if index else own
-        request = self._request
+    async def _open(self) -> None:
         try:
-            connection = Connection(
-                await self._transport.open(hop.peer_id, STREAM_PROTOCOL, hop.addresses)
-            )
-            stack.push_async_callback(connection.close)
-            await connection.say_hello(
-                OpenSession(
-                    model_revision=request.model_revision,
-                    first_block=hop.first_block,
-                    end_block=hop.end_block,
-                    rows=request.rows,
-                    maximum_tokens=request.maximum_tokens,
-                    wire_dtype=int(request.wire_dtype),
-                    wire_encoding=int(request.wire_encoding),
-                    previous_peer=previous,
-                    left_padding=request.left_padding,
+            async with asyncio.timeout(self._timeouts.open_s):
+                await self._heal(Patience.to_open(self._clock))
+        except TimeoutError:
+            raise NetworkError(
+                f"the chain could not be opened within {self._timeouts.open_s:.0f} s"
+            ) from None
+        self._whole.set_result(None)
+        self._opened.set_result(None)
+
+    async def _keep_whole(self) -> None:
+        """Heal whenever something is wrong, until the chain is closed."""
+        while True:
+            await self._trouble.wait()
+            self._trouble.clear()
+            if self._closing.is_set():
+                return
+            if self._whole.done():
+                self._whole = asyncio.get_running_loop().create_future()
+            healing = asyncio.create_task(
+                self._heal(
+                    Patience(
+                        self._clock,
+                        self._timeouts.heal_s,
+                        self._timeouts.offline_s,
+                        HEAL_ATTEMPTS,
+                    )
                 )
             )
-            opened = await connection.receive_only(SessionOpened)
-        except SwarmError as error:
-            raise HopFailed(hop, error) from error
-        return _Link(hop, connection, opened, self._clock.monotonic_s())
+            closing = asyncio.create_task(self._closing.wait())
+            try:
+                await asyncio.wait({healing, closing}, return_when=asyncio.FIRST_COMPLETED)
+                if not healing.done():
+                    return
+                await healing
+            except SwarmError as error:
+                await self._break_off(error)
+            else:
+                self._whole.set_result(None)
+            finally:
+                for task in (healing, closing):
+                    task.cancel()
+                await asyncio.gather(healing, closing, return_exceptions=True)
 
-    async def _route(self, link: _Link, following: _Link) -> None:
-        try:
-            await link.connection.send(
-                SetRoute(
-                    route_version=ROUTE_VERSION,
-                    next_peer=following.plan.peer_id,
-                    next_session_id=following.opened.session_id,
-                )
+    async def _heal(self, patience: Patience) -> None:
+        """Make the chain whole again. Raises NoRouteError that says what was tried."""
+        hops = self._hops
+        started_s = self._clock.monotonic_s()
+        failures: list[HopFailed] = []
+        excluded: list[PeerId] = []
+        while True:
+            gap = hops.first_gap
+            if gap is None and not self._broken_joints:
+                break
+            try:
+                if gap is not None:
+                    fresh = await hops.fill(*gap, self._session, self._journal, excluded)
+                    if gap[0] == 0:
+                        await self._send_again(fresh[0])
+                else:
+                    await self._mend_joint(self._broken_joints.pop())
+            except HopFailed as error:
+                failures.append(error)
+                excluded.append(error.peer_id)
+                self._count_failure(error)
+                hops.blame(error)
+                if len(failures) >= patience.attempts:
+                    raise self._unhealed(gap, failures, None) from error
+            except (NoRouteError, NetworkError) as error:
+                if not await patience.wait(self._planner):
+                    raise self._unhealed(gap, failures, error) from error
+                excluded.clear()  # they may be back, or were not to blame
+            except NothingToReplay as error:
+                raise self._unhealed(gap, failures, error) from error
+        if self._opened.done() and self._observer is not None:
+            self._observer.healed(
+                self._clock.monotonic_s() - started_s, hops.replayed_tokens, hops.replayed_bytes
             )
-            await link.connection.receive_only(RouteReady)
-        except SwarmError as error:
-            raise HopFailed(link.plan, error) from error
+        hops.replayed_tokens = hops.replayed_bytes = 0
+
+    def _unhealed(
+        self, gap: tuple[int, int] | None, failures: list[HopFailed], last: SwarmError | None
+    ) -> SwarmError:
+        if self._opened.done():
+            return could_not_heal(gap, failures, last)
+        return could_not_open(failures, last)
+
+    async def _send_again(self, first: Link) -> None:
+        """Steps without a result, to a first hop that has not seen them."""
+        for step in list(self._unanswered.values()):
+            try:
+                await first.connection.send(step)
+            except NetworkError as error:
+                raise HopFailed(first.hop, error) from error
+
+    async def _mend_joint(self, link: Link) -> None:
+        """Give ``link`` a new stream from the hop before, unless one of them turns out gone."""
+        await self._clock.sleep(JOINT_GRACE_S)
+        before = self._hops.previous_of(link) if link.failure is None else None
+        if before is not None:
+            await self._hops.join_again(before, link, self._session)
+
+    async def _break_off(self, error: SwarmError) -> None:
+        """Healing failed: callers are told, and the next step begins with fresh hops."""
+        for link in tuple(self._hops.links):
+            failure = HopFailed(link.hop, error)
+            self._hops.lose(link, failure)
+        self._session.give_up()
+        self._journal.cut(self._session.length)
+        self._unanswered.clear()
+        self._broken_joints.clear()
+        for future in self._results.values():
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # its waiter may have been cancelled
+        self._results.clear()
+        self._may_issue.set()
+        self._trouble.clear()
+        self._whole.set_exception(error)
+        self._whole.exception()
+
+    async def _be_whole(self) -> None:
+        """Wait while the chain heals; a chain that could not be healed tries again."""
+        if self._whole.done() and self._whole.exception() is not None:
+            self._whole = asyncio.get_running_loop().create_future()
+            self._trouble.set()
+        while not self._is_whole:
+            await asyncio.shield(self._whole)
+            self._require_usable()
+            if not self._is_whole:
+                await asyncio.sleep(0)
+
+    @property
+    def _is_whole(self) -> bool:
+        return self._whole.done() and not self._trouble.is_set()
+
+    def _count_failure(self, error: HopFailed) -> None:
+        if error.is_counted:
+            return
+        error.is_counted = True
+        cause = error.__cause__
+        if isinstance(cause, SwarmError):
+            self._planner.failed(error.peer_id, failure_kind(cause))
+        if self._observer is not None:
+            self._observer.retried(
+                (error.code.name if error.code is not None else "NETWORK").lower()
+            )
 
     def _report(self) -> None:
         if self._observer is None:
             return
         self._observer.hops_through_client(self.hops_through_client)
-        for index, link in enumerate(self._links):
+        for index, link in enumerate(self._hops.links):
             self._observer.sent(index, link.connection.bytes_sent)
             self._observer.received(index, link.connection.bytes_received)
 
     async def _say_goodbye(self) -> None:
         """Ask all hops to free the session; the readers wait for their last words."""
+        links = tuple(self._hops.links)
         try:
             async with asyncio.timeout(self._timeouts.close_s):
-                for link in self._links:
+                for link in links:
                     await link.connection.send(CloseSession())
-                for _ in self._links:
+                for _ in links:
                     await self._goodbyes.acquire()
         except (TimeoutError, NetworkError) as error:
             log.debug("a hop did not say goodbye: %s", error)
 
     # --- messages from hops
-    async def _read(self, link: _Link) -> None:
+    def _start_reading(self, link: Link) -> None:
+        if self._tasks is None:
+            raise RuntimeError("the chain does not run")
+        link.connection.maximum_payload_bytes = (
+            self._largest_result_bytes if self._hops.ends_with(link) else 0
+        )
+        reader = self._tasks.create_task(self._read(link))
+        self._readers.add(reader)
+        reader.add_done_callback(self._readers.discard)
+
+    async def _read(self, link: Link) -> None:
         try:
             while True:
-                message = await link.connection.receive()
-                link.last_heard_s = self._clock.monotonic_s()
+                message = await link.receive()
                 if isinstance(message, SessionClosed):
                     if self._closing.is_set():
                         self._goodbyes.release()
                         return
-                    raise NetworkError(f"{link.plan.peer_id} closed the session")
+                    raise NetworkError("closed the session")
                 await self._handle(link, message)
         except SwarmError as error:
             if self._closing.is_set():
                 self._goodbyes.release()
-            self._fail(HopFailed(link.plan, error))
+            else:
+                self._hops.lose(link, HopFailed(link.hop, error))
+        finally:
+            await link.connection.close()
 
-    async def _handle(self, link: _Link, message: Message) -> None:
+    def _lost(self, link: Link) -> None:
+        """A hop was given up."""
+        self._relayed += self._relayed_by_client(link)
+        self._broken_joints.discard(link)
+        if link.failure is not None:
+            log.info("lost a hop: %s", link.failure)
+            self._count_failure(link.failure)
+        self._trouble.set()
+
+    async def _handle(self, link: Link, message: Message) -> None:
         match message:
-            case StepResult() if link is self._links[-1] and self._session is not None:
-                self._take_result(self._session, message)
+            case StepResult() if self._hops.ends_with(link):
+                self._take_result(message)
             case Pong():
                 pass
             case Ping():
                 await link.connection.send(Pong(nonce=message.nonce))
             case Error():
-                if self._closing.is_set():
-                    return
-                raise remote_error(message, link.plan.peer_id)
+                self._take_error(link, message)
             case _:
                 raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, type(message).__name__)
 
-    def _take_result(self, session: ClientSession, result: StepResult) -> None:
-        issued = session.accept(result)
+    def _take_error(self, link: Link, message: Error) -> None:
+        """What a hop says went wrong; raises when the hop itself is of no more use."""
+        if self._closing.is_set():
+            return
+        error = remote_error(message, link.peer_id)
+        before = self._hops.previous_of(link) if link in self._hops.links else None
+        match error.code:
+            case ErrorCode.NEXT_HOP_LOST:
+                if message.route_version == link.route_version:
+                    self._mend_after(link)
+            case ErrorCode.PREVIOUS_HOP_LOST:
+                if before is not None and message.route_version == before.route_version:
+                    self._broken_joints.add(link)
+                    self._trouble.set()
+            case ErrorCode.NOT_NAMED_BY_SESSION:
+                log.debug("%s refused a probe", link.peer_id)
+            case ErrorCode.STALE_STEP if self._session.is_answered(message.step):
+                pass
+            case ErrorCode.GAP | ErrorCode.STALE_STEP | ErrorCode.TOO_MANY_STEPS if (
+                before is not None
+            ):
+                # Something between the two was lost or came twice: a new stream sorts it out.
+                self._broken_joints.add(link)
+                self._trouble.set()
+            case _:
+                raise error
+
+    def _mend_after(self, link: Link) -> None:
+        links = self._hops.links
+        index = links.index(link) + 1 if link in links else len(links)
+        if index < len(links):
+            self._broken_joints.add(links[index])
+            self._trouble.set()
+
+    def _take_result(self, result: StepResult) -> None:
+        issued = self._session.accept(result)
         if issued is None:
             return
         for link, queue_us, compute_us in zip(
-            self._links, result.hop_queue_us, result.hop_compute_us, strict=False
+            self._hops.links, result.hop_queue_us, result.hop_compute_us, strict=False
         ):
             link.times = HopTimes(queue_us, compute_us)
         self._passes += 1
+        self._unanswered.pop(issued.step, None)
         future = self._results.pop(issued.step)
         if not future.done():
             future.set_result(result)
@@ -440,20 +564,19 @@ class Chain:
             await self._clock.sleep(self._timeouts.heartbeat_s)
             nonce += 1
             now_s = self._clock.monotonic_s()
-            for link in self._links:
+            for link in tuple(self._hops.links):
                 if now_s - link.last_heard_s > self._timeouts.silence_s:
-                    self._fail(HopFailed(link.plan, NetworkError("silent for too long")))
-                    return
+                    self._hops.lose(link, HopFailed(link.hop, NetworkError("silent for too long")))
+                    await link.connection.close()
+                    continue
                 try:
                     await link.connection.send(Ping(nonce=nonce))
                 except NetworkError as error:
-                    self._fail(HopFailed(link.plan, error))
-                    return
+                    self._hops.lose(link, HopFailed(link.hop, error))
 
     # --- steps
     async def _send(
         self,
-        session: ClientSession,
         activations: WireTensor,
         position: int,
         *,
@@ -461,67 +584,77 @@ class Chain:
         row_order: tuple[int, ...],
         deadline_s: float | None,
     ) -> asyncio.Future[StepResult]:
-        await self._may_issue.wait()
-        self._usable_session()
+        session = self._session
+        while not (self._is_whole and session.may_issue):
+            # While a gap is being filled no step is added: the hops keep the results of only so
+            # many, and the replacement needs all of them.
+            await self._be_whole()
+            await self._may_issue.wait()
+            self._require_usable()
         issued = session.issue(position, activations.shape[1], output_tokens)
         if not session.may_issue:
             self._may_issue.clear()
+        self._journal.append(position, activations, row_order)
         loop = asyncio.get_running_loop()
         future = self._results[issued.step] = loop.create_future()
         left_ms = MAX_DEADLINE_MS
         if deadline_s is not None:
             left_ms = min(max(1, round((deadline_s - loop.time()) * 1000)), MAX_DEADLINE_MS)
+        step = Step(
+            step=issued.step,
+            position=issued.position,
+            output_tokens=issued.output_tokens,
+            activations=replace(activations, encoding=session.terms.wire_encoding),
+            row_order=row_order,
+            deadline_ms=left_ms,
+        )
+        self._unanswered[issued.step] = step
+        first = self._hops.links[0]
         try:
-            await self._links[0].connection.send(
-                Step(
-                    step=issued.step,
-                    position=issued.position,
-                    output_tokens=issued.output_tokens,
-                    activations=replace(activations, encoding=session.terms.wire_encoding),
-                    row_order=row_order,
-                    deadline_ms=left_ms,
-                )
-            )
+            await first.connection.send(step)
         except NetworkError as error:
-            self._fail(HopFailed(self._links[0].plan, error))
-            self._usable_session()
+            self._hops.lose(first, HopFailed(first.hop, error))
         return future
 
-    def _piece_tokens(self, session: ClientSession) -> int:
+    @property
+    def _largest_result_bytes(self) -> int:
+        return self._session.terms.maximum_payload_bytes
+
+    def _piece_tokens(self) -> int:
         """Most ``rows x tokens`` of one piece of a long prompt.
 
         Hops on different machines work on different pieces at the same time. On one machine they
         would only take each other's cores: there a prompt goes in as few pieces as nodes allow.
         """
-        most = session.terms.maximum_step_tokens
-        if len(self._plan.hops) == 1 or is_one_machine(self._plan):
+        links = self._hops.links
+        most = min((link.opened.maximum_step_tokens for link in links), default=1)
+        if len(links) == 1 or is_one_machine(self._hops.plan):
             return most
         return min(most, PIPELINED_PIECE_TOKENS)
 
-    def _usable_session(self) -> ClientSession:
+    def _require_usable(self) -> None:
         if self._failure is not None:
             raise self._failure
-        if self._session is None or not self._opened.done():
+        if not self._opened.done():
             raise RuntimeError("await opened() first")
-        return self._session
 
     def _fail(self, error: SwarmError) -> None:
-        """The first failure ends the chain: everybody who waits gets it."""
+        """The end of the chain: everybody who waits gets the reason."""
         if self._failure is not None:
             return
         self._failure = error
-        for future in self._results.values():
+        waiting = [self._opened, self._whole, *self._results.values()]
+        for future in waiting:
             if not future.done():
                 future.set_exception(error)
-                future.exception()  # its waiter may have been cancelled
+                future.exception()  # nobody may be waiting
         self._results.clear()
         self._may_issue.set()
         self._closing.set()
+        self._trouble.set()
 
 
-async def _outcome(work: Coroutine[None, None, T]) -> T | SwarmError:
-    """The result or our error: so that one hop's refusal does not cancel the others unasked."""
-    try:
-        return await work
-    except SwarmError as error:
-        return error
+def _first(group: BaseExceptionGroup[SwarmError]) -> SwarmError:
+    """The error in a group, however deep."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

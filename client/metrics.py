@@ -41,8 +41,24 @@ class ClientMetrics:
         )
         self._retries = Counter(
             "swarm_client_retries_total",
-            "Chains opened again and steps sent again, by reason.",
+            "Hops given up for another one, by reason.",
             ["reason"],
+            registry=registry,
+        )
+        self._healing_seconds = Histogram(
+            "swarm_client_healing_seconds",
+            "Time in which a chain was made whole again.",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self._replayed_tokens = Counter(
+            "swarm_client_replayed_tokens_total",
+            "Tokens (rows x positions) that the client itself sent again to fill a hop's cache.",
+            registry=registry,
+        )
+        self._replayed_bytes = Counter(
+            "swarm_client_replayed_bytes_total",
+            "Bytes of activations that the client itself sent again.",
             registry=registry,
         )
         self._bytes = Counter(
@@ -65,6 +81,12 @@ class ClientMetrics:
     def retried(self, reason: str) -> None:
         """``reason`` is one of a few fixed words, never a peer's text."""
         self._retries.labels(reason).inc()
+
+    def healed(self, duration_s: float, replayed_tokens: int, replayed_bytes: int) -> None:
+        """A chain was made whole again; hops count what they replay to each other themselves."""
+        self._healing_seconds.observe(duration_s)
+        self._replayed_tokens.inc(replayed_tokens)
+        self._replayed_bytes.inc(replayed_bytes)
 
     def sent(self, hop: int, size_bytes: int) -> None:
         """Bytes of frames on the stream to a hop; the first one of a chain is 0."""

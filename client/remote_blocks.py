@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from swarm.client.chain import SessionRequest
+from swarm.client.hops import SessionRequest
 from swarm.protocol.errors import UsageError
 from swarm.protocol.messages import MAX_ROWS, MAX_TOKENS
 from swarm.protocol.tensors import DType, WireTensor

@@ -1,17 +1,17 @@
-"""Multiaddresses as text: which of a peer's are worth telling others. Pure."""
+"""Which of a peer's addresses are worth telling others, and in which order. Pure."""
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable
 
+from swarm.addresses import is_global, is_loopback, is_relayed
 from swarm.protocol.identity import PeerId
 from swarm.protocol.records import MAX_RECORD_ADDRESSES
 
 
 def is_public(address: str) -> bool:
-    """Whether ``/ip4/...`` or ``/ip6/...`` is an address of the whole internet."""
-    return _reach(address) == 2
+    """Whether it is an address of the whole internet that needs no relay."""
+    return is_global(address) and not is_relayed(address)
 
 
 def for_record(addresses: Iterable[str]) -> tuple[str, ...]:
@@ -29,13 +29,6 @@ def for_people(addresses: Iterable[str], peer_id: PeerId) -> tuple[str, ...]:
 
 def _reach(address: str) -> int:
     """0 for this computer, 1 for the local network or an unknown kind, 2 for the internet."""
-    parts = address.split("/")
-    if len(parts) < 3 or parts[1] not in ("ip4", "ip6"):
-        return 1
-    try:
-        host = ipaddress.ip_address(parts[2])
-    except ValueError:
-        return 1
-    if host.is_loopback:
+    if is_loopback(address):
         return 0
-    return 2 if host.is_global else 1
+    return 2 if is_global(address) or is_relayed(address) else 1

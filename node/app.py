@@ -2,7 +2,8 @@
 
 The life of ``swarm-node join``: the network starts and the checkpoint is opened at the same time;
 the blocks are chosen, announced as JOINING and loaded; the service answers peers and the
-announcement says ONLINE; Ctrl-C announces the leave, closes the sessions and ends.
+announcement says ONLINE; Ctrl-C announces that the node drains, waits until its sessions are handed
+over, says goodbye and ends. With working hours this life repeats, and the node rests in between.
 
 One ``asyncio.TaskGroup`` owns everything that runs meanwhile. Heavy imports happen in threads, so
 that the view lives while they last.
@@ -11,6 +12,7 @@ that the view lives while they last.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import importlib
 import logging
@@ -23,10 +25,12 @@ from swarm.membership import Announcer, coverage, read_nodes
 from swarm.node.addresses import for_people, for_record, is_public
 from swarm.node.board import Board
 from swarm.node.config import BlockSpan, NodeSettings, PeerSettings, SeedSettings
+from swarm.node.control import control_path, controlled
 from swarm.node.metrics import MetricsServer, NodeMetrics
 from swarm.node.neighbours import Neighbours
 from swarm.node.process import held_identity, leave_on_signals
 from swarm.node.service import NodeService, ServiceLimits
+from swarm.node.shifts import rested, shift
 from swarm.node.view import NodeStatus, View
 from swarm.protocol.errors import ConfigError, NetworkError, SwarmError
 from swarm.protocol.identity import Identity
@@ -58,7 +62,16 @@ async def run_node(settings: NodeSettings, view: View) -> None:
     status = NodeStatus(display_name=settings.display_name, model=settings.model)
 
     async def life(identity: Identity, board: Board, leaving: asyncio.Event) -> None:
-        await _Node(settings, view, identity, board, leaving).live()
+        if settings.hours is None:
+            await _Node(settings, view, identity, board, leaving).live()
+            return
+
+        while await rested(settings.hours, leaving, board.rest):
+            async with shift(settings.hours, leaving) as over:
+                with contextlib.suppress(Left):
+                    await _alone(_Node(settings, view, identity, board, over).live())
+            board.forget_engine()
+            await asyncio.to_thread(_give_memory_back)
 
     await _run(settings, view, status, life)
 
@@ -83,6 +96,7 @@ async def _run(settings: PeerSettings, view: View, status: NodeStatus, life: Lif
     """What nodes and seeds share: key, signals, metrics, view, and one error instead of a group."""
     leaving = asyncio.Event()
     board = Board(status, NodeMetrics())
+    control = control_path(settings.identity_file)
     try:
         async with AsyncExitStack() as stack:
             identity = stack.enter_context(held_identity(settings.identity_file))
@@ -92,7 +106,8 @@ async def _run(settings: PeerSettings, view: View, status: NodeStatus, life: Lif
                 board.update(metrics_url=url)
             async with asyncio.TaskGroup() as group:
                 watching = group.create_task(view.watch(board.snapshot))
-                await life(identity, board, leaving)
+                async with controlled(control, board.snapshot, leaving.set):
+                    await life(identity, board, leaving)
                 watching.cancel()
     except BaseExceptionGroup as group_of_errors:
         error = _only_error(group_of_errors)
@@ -140,15 +155,15 @@ class _Node:
                     stack.push_async_callback(engine.close)
                     service = await self._serve(network, model, engine)
                     stack.push_async_callback(service.close)
-                    announcer.update(_online(announcer.record, engine))
+                    online = replace(announcer.record, state=NodeState.ONLINE)
+                    announcer.update(_with_load(online, engine))
                     await self._unless_left(_announced(announcer))
                     self._board.update(state="online", coverage=_with_own(replicas, span))
                     self._view.ready(self._board.snapshot())
                     refreshing = group.create_task(self._refresh(network, model, engine, announcer))
                     await self._leaving.wait()
+                    await self._drain(announcer, service)
                     refreshing.cancel()
-                    self._board.update(state="draining")
-                    service.stop_accepting()
 
     async def _unless_left(self, work: Awaitable[T]) -> T:
         return await _unless_left(self._leaving, work)
@@ -194,6 +209,8 @@ class _Node:
             reachable_directly=any(map(is_public, addresses)),
             software=software_version(),
             display_name=self._settings.display_name,
+            organisation=self._settings.organisation,
+            country=self._settings.country,
         )
         return Announcer(
             self._identity,
@@ -247,6 +264,18 @@ class _Node:
         await service.start()
         return service
 
+    async def _drain(self, announcer: Announcer, service: NodeService) -> None:
+        """No new sessions; those that run are handed over or end, or we have waited enough."""
+        wait_s = self._settings.drain_timeout_s
+        service.stop_accepting(wait_s)
+        announcer.update(replace(announcer.record, state=NodeState.DRAINING, cache_tokens_free=0))
+        self._board.drain(wait_s)
+        try:
+            async with asyncio.timeout(wait_s):
+                await service.emptied()
+        except TimeoutError:
+            log.warning("%d sessions end with this node", service.sessions)
+
     async def _refresh(
         self,
         network: HivemindNetwork,
@@ -258,7 +287,7 @@ class _Node:
         total = model.checkpoint.number_of_blocks
         while True:
             await asyncio.sleep(self._settings.announce_period_s / 2)
-            announcer.update(_online(announcer.record, engine))
+            announcer.update(_with_load(announcer.record, engine))
             try:
                 records = await read_nodes(network, model.checkpoint.revision, self._clock)
             except NetworkError as error:
@@ -270,20 +299,15 @@ class _Node:
 # --- parts of the start --------------------------------------------------------------------------
 async def _start_network(settings: PeerSettings) -> HivemindNetwork:
     module = await asyncio.to_thread(importlib.import_module, "swarm.hivemind_network")
-    seed = isinstance(settings, SeedSettings) and settings.relay
-    relays = settings.relays or settings.peers if isinstance(settings, NodeSettings) else ()
-    use_relay = settings.use_relay if isinstance(settings, NodeSettings) else seed
     network: HivemindNetwork = await module.HivemindNetwork.create(
         settings.identity_file,
         module.NetworkSettings(
             listen_addresses=settings.listen_addresses,
             initial_peers=settings.peers,
             announce_addresses=settings.announce_addresses,
-            use_relay=use_relay,
-            use_auto_relay=use_relay and bool(relays),
-            trusted_relays=relays if use_relay else (),
-            # Relays of peers that are not sure of their reachability break after 128 KiB.
-            reachability="public" if seed else "detect",
+            relay_for_others=isinstance(settings, SeedSettings) and settings.relay,
+            use_relays=isinstance(settings, NodeSettings) and settings.use_relay,
+            relays=settings.relays if isinstance(settings, NodeSettings) else (),
         ),
     )
     return network
@@ -314,16 +338,15 @@ def _load(
     return load_blocks(model, settings, span, progress)
 
 
-def _online(record: NodeRecord, engine: SpanEngine) -> NodeRecord:
-    """The record with the state ONLINE and the engine's speed and load."""
+def _with_load(record: NodeRecord, engine: SpanEngine) -> NodeRecord:
+    """The record with the engine's speed and load."""
     load = engine.load
     return replace(
         record,
-        state=NodeState.ONLINE,
         decode_tokens_per_s=int(engine.decode_tokens_per_s),
         prefill_tokens_per_s=int(engine.prefill_tokens_per_s),
         cache_tokens_total=load.cache_tokens_total,
-        cache_tokens_free=load.cache_tokens_free,
+        cache_tokens_free=load.cache_tokens_free if record.state is NodeState.ONLINE else 0,
         queued_steps=load.queued_steps,
     )
 
@@ -345,6 +368,14 @@ def _with_own(replicas: Sequence[int], span: BlockSpan) -> tuple[int, ...]:
 def _describe(engine: dict[str, str]) -> str:
     packed = f", {engine['packed_linears']} packed linears" if engine["packed_linears"] else ""
     return f"{engine['device']}, {engine['dtype']}, {engine['threads']} threads{packed}"
+
+
+def _give_memory_back() -> None:
+    from swarm.node.engine.span_loader import return_freed_memory
+
+    gc.unfreeze()
+    gc.collect()
+    return_freed_memory()
 
 
 # --- owners of what runs -------------------------------------------------------------------------
@@ -395,6 +426,14 @@ async def _served_metrics(settings: PeerSettings, metrics: NodeMetrics) -> Async
         yield server.url
     finally:
         await asyncio.to_thread(server.close)
+
+
+async def _alone(life: Awaitable[None]) -> None:
+    """Run one life of a node; raises one error instead of a group."""
+    try:
+        await life
+    except BaseExceptionGroup as group_of_errors:
+        raise _only_error(group_of_errors) from None
 
 
 async def _unless_left(leaving: asyncio.Event, work: Awaitable[T]) -> T:

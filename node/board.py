@@ -16,6 +16,7 @@ class Board:
     def __init__(self, status: NodeStatus, metrics: NodeMetrics) -> None:
         self.metrics = metrics
         self.engine: LoadedEngine | None = None
+        self._drain_ends_s = 0.0
         self._status = status
         self._started_s = time.monotonic()
         self._rate = RecentRate()
@@ -23,6 +24,29 @@ class Board:
     def update(self, **changes: Any) -> None:
         """Set fields of the status; from any thread."""
         self._status = replace(self._status, **changes)
+
+    def drain(self, wait_s: float) -> None:
+        """The node drains now and waits for its sessions so long."""
+        self._drain_ends_s = time.monotonic() + wait_s
+        own = range(self._status.first_block, self._status.end_block)
+        others = tuple(n - (block in own) for block, n in enumerate(self._status.coverage))
+        self.update(state="draining", coverage=others)
+
+    def forget_engine(self) -> None:
+        """The engine is closed: let go of its memory."""
+        self.engine = None
+        self.metrics.forget_engine()
+
+    def rest(self, until: str) -> None:
+        """The node has left for now: nothing of what it hosted is true any more."""
+        kept = self._status
+        self._status = NodeStatus(
+            state="resting",
+            rests_until=until,
+            display_name=kept.display_name,
+            model=kept.model,
+            metrics_url=kept.metrics_url,
+        )
 
     def snapshot(self) -> NodeStatus:
         """The status now, with what metrics and engine count."""
@@ -36,6 +60,8 @@ class Board:
             tokens_per_s=self._rate.update(now_s, totals.tokens),
             refused=totals.refused,
         )
+        if status.state == "draining":
+            status = replace(status, drain_left_s=max(0.0, self._drain_ends_s - now_s))
         if self.engine is None:
             return status
         load = self.engine.load

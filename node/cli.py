@@ -9,16 +9,19 @@ at once by a second Ctrl-C.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Coroutine
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from swarm.node.config import NodeSettings, SeedSettings, load_settings
+from swarm.node.config import NodeSettings, SeedSettings, load_identity_file, load_settings
 from swarm.protocol.errors import (
     CapacityError,
     CheckpointError,
@@ -27,10 +30,12 @@ from swarm.protocol.errors import (
     ProtocolError,
     RemoteError,
     SwarmError,
+    UsageError,
 )
 from swarm.threads import configure_threads_environment
 
 if TYPE_CHECKING:
+    from swarm.node.control import NodeControl
     from swarm.node.view import View
 
 EXIT_USAGE = 2
@@ -50,7 +55,8 @@ app = typer.Typer(
     help="Give a part of your computer to a swarm that runs language models.\n\n"
     "A model is cut into blocks; each node hosts some of them, and text is made by a chain of "
     "nodes. [bold]doctor[/bold] tells whether this computer is ready, [bold]join[/bold] hosts "
-    "blocks until Ctrl-C, [bold]seed[/bold] runs the meeting point of a new swarm.",
+    "blocks until Ctrl-C or [bold]drain[/bold], [bold]seed[/bold] runs the meeting point of a new "
+    "swarm.",
 )
 
 # --- flags that several commands share -----------------------------------------------------------
@@ -136,6 +142,16 @@ def join(
     cache_tokens: Annotated[
         int | None, typer.Option("--cache-tokens", help="Tokens of all sessions together.")
     ] = None,
+    organisation: Annotated[
+        str | None, typer.Option("--organisation", help="Who runs the node.")
+    ] = None,
+    country: Annotated[
+        str | None, typer.Option("--country", metavar="CC", help="Where it stands, as in KE.")
+    ] = None,
+    hours: Annotated[
+        str | None,
+        typer.Option("--hours", metavar="BEGIN-END", help="When to work, as 20:00-08:00."),
+    ] = None,
     listen: Listen = None,
     announce: Announce = None,
     identity: Identity = None,
@@ -149,7 +165,8 @@ def join(
     """Host blocks of a model until Ctrl-C.
 
     Without [bold]--blocks[/bold] the node takes as many blocks as fit into its memory, where the
-    swarm has the fewest nodes. Ctrl-C leaves cleanly, a second one at once.
+    swarm has the fewest nodes. Ctrl-C hands running sessions over to other nodes and leaves; a
+    second one leaves at once.
     """
     view = _view(as_json, plain)
     with _Outcome(view):
@@ -165,9 +182,12 @@ def join(
                 "device": device,
                 "dtype": dtype,
                 "display_name": name,
+                "organisation": organisation,
+                "country": country,
                 "threads": threads,
                 "memory_bytes": memory,
                 "cache_tokens": cache_tokens,
+                "hours": hours,
                 "listen_addresses": listen,
                 "announce_addresses": announce,
                 "identity_path": identity,
@@ -226,6 +246,61 @@ def seed(
         from swarm.node.app import run_seed
 
         _run(run_seed(settings, view))
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\nswarm-node drain\n\nswarm-node drain --config node.toml --wait"
+)
+def drain(
+    identity: Identity = None,
+    config: Config = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when the node has ended.")] = False,
+) -> None:
+    """Let the node on this computer hand its sessions over, leave the swarm and end.
+
+    The same as Ctrl-C where it runs. Several nodes on one computer are told apart by their key,
+    [bold]--identity[/bold] or [bold]--config[/bold].
+    """
+    from swarm.node.control import POLL_PERIOD_S
+    from swarm.node.view import describe_absence
+
+    with _Outcome(_view(False, True)), _running(identity, config) as node:
+        now = node.ask("drain")
+        said = -1
+        while now is not None:
+            if now.sessions != said:
+                said = now.sessions
+                typer.echo("\n".join(describe_absence(now) or [f"the node is {now.state}"]))
+            if not wait:
+                return
+            time.sleep(POLL_PERIOD_S)
+            now = node.ask("status")
+        typer.echo("the node has left")
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "swarm-node status\n\n"
+    "swarm-node status --config node.toml --json"
+)
+def status(
+    identity: Identity = None,
+    config: Config = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what the node on this computer does at the moment."""
+    from dataclasses import asdict
+
+    from swarm.node.view import print_status
+
+    with _Outcome(_view(False, True)), _running(identity, config) as node:
+        now = node.ask("status")
+        if now is None:
+            raise UsageError("the node has just ended")
+        if as_json:
+            typer.echo(json.dumps(asdict(now)))
+        else:
+            print_status(now)
 
 
 @app.command(
@@ -310,6 +385,13 @@ def _view(as_json: bool, plain: bool) -> View:
     from swarm.node.view import make_view
 
     return make_view(as_json=as_json, plain=plain)
+
+
+def _running(identity: Path | None, config: Path | None) -> AbstractContextManager[NodeControl]:
+    """A connection to the running node that these flags mean."""
+    from swarm.node.control import running_node
+
+    return running_node(load_identity_file(config, os.environ, identity))
 
 
 def _prepare_process(log_level: str, threads: int | None = None) -> None:

@@ -18,8 +18,10 @@ from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from swarm.node.hours import EXAMPLE_HOURS, Hours, parse_hours
 from swarm.protocol.errors import ConfigError
 from swarm.protocol.messages import MAX_BLOCKS
+from swarm.protocol.records import COUNTRY
 
 ENVIRONMENT_PREFIX = "SWARM_NODE_"
 
@@ -81,7 +83,7 @@ class PeerSettings:
     """Name shown to others, for example of your university; at most 64 bytes."""
 
     data_dir: Path = Path("~/.local/share/sovereign-swarm")
-    """Folder for the identity key; made with mode 0700 when missing."""
+    """Folder for the identity key and the peers last met; made with mode 0700 when missing."""
 
     identity_path: Path | None = None
     """Ed25519 key file, made when missing; by default ``identity.key`` in ``data_dir``."""
@@ -92,8 +94,8 @@ class PeerSettings:
     announce_addresses: tuple[str, ...] = ()
     """Multiaddresses to tell others instead of those found, for example behind a forwarded port."""
 
-    announce_period_s: float = 15.0
-    """Seconds between announcements."""
+    announce_period_s: float = 30.0
+    """Seconds between announcements in a small swarm; up to four times that in a large one."""
 
     metrics: bool = True
     """Whether to serve Prometheus metrics, on 127.0.0.1 only."""
@@ -117,6 +119,12 @@ class NodeSettings(PeerSettings):
 
     model: str
     """Checkpoint directory, or a model's name in the Hugging Face cache or hub."""
+
+    organisation: str = ""
+    """Who runs the node, at most 64 bytes; replicas are spread over organisations."""
+
+    country: str = ""
+    """Where it stands, two letters of ISO 3166 as in KE; users may ask for nodes of a country."""
 
     blocks: BlockSpan | None = None
     """Blocks to host, as ``first:end``; by default those that the swarm needs most."""
@@ -150,6 +158,15 @@ class NodeSettings(PeerSettings):
 
     session_lifetime_s: float = 21600.0
     """Seconds after which a session is closed in any case."""
+
+    hours: Hours | None = None
+    """Hours of the day at which to work, as ``20:00-08:00``, local time; by default always.
+
+    At their end the node drains, gives its memory back, and waits for their next begin.
+    """
+
+    drain_timeout_s: float = 60.0
+    """Seconds that a leaving node waits until its sessions are handed over or have ended."""
 
     relays: tuple[str, ...] = ()
     """Peers that may relay for a node behind a router; by default those of ``peers``."""
@@ -200,6 +217,22 @@ def load_settings(
     settings = settings_type(**merged)
     _check(settings)
     return settings
+
+
+def load_identity_file(
+    toml_path: Path | None, environment: Mapping[str, str], identity_path: Path | None
+) -> Path:
+    """The key file of the node or seed that runs with these settings, whatever else they say."""
+    known = typing.get_type_hints(PeerSettings)
+    keys = ("data_dir", "identity_path")
+    found = {key: value for key, value in _read_toml(toml_path).items() if key in keys}
+    for key in keys:
+        if (text := environment.get(ENVIRONMENT_PREFIX + key.upper())) is not None:
+            found[key] = text
+    if identity_path is not None:
+        found["identity_path"] = identity_path
+    converted = {key: _convert(key, value, known, "") for key, value in found.items()}
+    return PeerSettings(**converted).identity_file
 
 
 _NODE_KEYS = frozenset(item.name for item in fields(NodeSettings))
@@ -283,6 +316,10 @@ def _blocks(_key: str, value: Any) -> BlockSpan:
     return value if isinstance(value, BlockSpan) else parse_blocks(_text(_key, value))
 
 
+def _hours(_key: str, value: Any) -> Hours:
+    return value if isinstance(value, Hours) else parse_hours(_text(_key, value))
+
+
 _CONVERTERS: dict[Any, Callable[[str, Any], Any]] = {
     str: _text,
     bool: _flag,
@@ -291,6 +328,7 @@ _CONVERTERS: dict[Any, Callable[[str, Any], Any]] = {
     Path: _path,
     tuple[str, ...]: _texts,
     BlockSpan: _blocks,
+    Hours: _hours,
 }
 
 _EXPECTED: dict[Any, str] = {
@@ -301,6 +339,7 @@ _EXPECTED: dict[Any, str] = {
     Path: "a path",
     tuple[str, ...]: "a list of texts",
     BlockSpan: "a text such as 0:10",
+    Hours: f"a text such as {EXAMPLE_HOURS}",
 }
 
 
@@ -326,10 +365,20 @@ def _check(settings: PeerSettings) -> None:
 
 
 def _check_node(settings: NodeSettings) -> None:
+    if len(settings.organisation.encode()) > 64:
+        raise ConfigError("organisation is longer than 64 bytes")
+    if not settings.organisation.isprintable():
+        raise ConfigError("organisation has characters that cannot be printed")
+    if settings.country and not COUNTRY.fullmatch(settings.country):
+        raise ConfigError(
+            f"country {settings.country!r}: write its two letters of ISO 3166 in capitals, as in KE"
+        )
     if settings.blocks is not None and settings.number_of_blocks is not None:
         raise ConfigError("set blocks or number_of_blocks, not both")
     if settings.device.split(":")[0] not in DEVICES:
         raise ConfigError(f"device {settings.device!r}: one of {', '.join(DEVICES)}")
+    if not 0 <= settings.drain_timeout_s <= 3600:
+        raise ConfigError("drain_timeout_s must be between 0 and 3600 seconds")
     if settings.dtype not in DTYPES:
         raise ConfigError(f"dtype {settings.dtype!r}: one of {', '.join(DTYPES)}")
     for key in (

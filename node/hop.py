@@ -1,48 +1,74 @@
 """One session on one node: its cache, its place in a chain, and the steps on their way through.
 
-Three tasks, owned by :meth:`Hop.running`, pass each step along: the caller submits it, one task
-computes in order, one sends, so that a slow link does not keep the device waiting. Rules:
+Tasks owned by :meth:`Hop.running` pass each step along: the caller submits it, one task computes in
+order, one sends, so that a slow link does not keep the device waiting. Rules:
 
 1. Steps are accepted by ``HopSession`` alone, and computed and sent in the order of acceptance.
 2. A failure inside the engine ends the session: the client is told the code and the control stream
    closes. A mistake of a peer changes nothing.
-3. Losing the next or the previous hop does not end the session; the client is told, and decides.
+3. Losing the next or the previous hop does not end the session: the client is told, and decides.
+   What was computed meanwhile is kept, in the journal and as the results of the latest steps.
+4. An output belongs to the route in force when it was made. A new route begins with what the next
+   hop lacks: replays out of the journal, then the kept steps from ``resume_step`` on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from swarm.connection import Connection, error_message
+from swarm.journal import Journal, JournalBudget
 from swarm.node.engine.api import Engine, SessionCache, StepInput
+from swarm.node.handover import Dial, Mover, SessionState, receive_state
+from swarm.pieces import join_tokens, pieces
 from swarm.ports import Clock
 from swarm.protocol.errors import ErrorCode, NetworkError, ProtocolError
 from swarm.protocol.identity import PeerId
 from swarm.protocol.messages import (
     MAX_HOPS,
+    MAX_TOKENS,
     SESSION_ID_BYTES,
+    Draining,
     Error,
+    HandOver,
     Ping,
     Pong,
+    ProbeReport,
+    Replay,
+    Replayed,
+    SetPrevious,
+    SetRoute,
     Step,
     StepResult,
+    TakenOver,
 )
 from swarm.protocol.session import HopSession, SessionTerms, Verdict
 from swarm.protocol.tensors import WireTensor
 
 log = logging.getLogger(__name__)
 
+REPLAY_TOKENS = 256
+"""``rows x tokens`` of one Replay: large enough for the device, small enough to show progress."""
+REPLAYS_WAITING = 8
+MAXIMUM_PREPARED_ROUTES = 4
+
+MAXIMUM_BACKGROUND_TASKS = 8
+
 
 class HopObserver(Protocol):
     """What is counted for each step."""
 
     def step_done(self, *, rows: int, tokens: int, queue_us: int, compute_us: int) -> None: ...
+
+    def replayed(self, *, tokens: int) -> None:
+        """So many tokens (rows x positions) were computed again for a session that heals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +80,33 @@ class HopLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """Where outputs go. ``next_hop`` is None for the last hop, whose results go to the client."""
+
+    version: int
+    next_hop: Connection | None = None
+    forward_replays: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class _Accepted:
     step: Step
     deadline_monotonic_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """A step that came again; its kept result is sent again, in its turn."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class _CatchUp:
+    """Send the next hop what it lacks: replays to ``replay_end``, steps from ``resume_step``."""
+
+    replay_end: int
+    resume_step: int
 
 
 class Hop:
@@ -67,12 +117,15 @@ class Hop:
         *,
         terms: SessionTerms,
         previous_peer: PeerId,
+        first_step: int,
+        state_from: PeerId | None,
         control: Connection,
         engine: Engine,
         cache: SessionCache,
         observer: HopObserver,
         clock: Clock,
         limits: HopLimits,
+        journal_budget: JournalBudget,
     ) -> None:
         self.session_id = secrets.token_bytes(SESSION_ID_BYTES)
         self.terms = terms
@@ -83,17 +136,31 @@ class Hop:
         self._observer = observer
         self._clock = clock
         self._limits = limits
-        self._state = HopSession(terms)
-        self._accepted: asyncio.Queue[_Accepted] = asyncio.Queue(terms.maximum_steps_in_flight)
-        self._outbox: asyncio.Queue[Step | StepResult] = asyncio.Queue(
-            terms.maximum_steps_in_flight
+        self._state = HopSession(terms, first_step)
+        self._journal = Journal(
+            rows=terms.rows,
+            hidden_size=terms.hidden_size,
+            dtype=terms.wire_dtype,
+            budget=journal_budget,
+        )
+        self._moved_state = SessionState(terms, engine, cache, self._journal)
+        self._mover = Mover(self._moved_state, self._state)
+        self._state_from = state_from
+        self._inbox: asyncio.Queue[_Accepted | _Again | Replay] = asyncio.Queue(
+            2 * terms.maximum_steps_in_flight + REPLAYS_WAITING
+        )
+        self._outbox: asyncio.Queue[tuple[Route, Step | StepResult | Replay | _CatchUp]] = (
+            asyncio.Queue(terms.maximum_steps_in_flight)
         )
         self._kept: dict[int, Step | StepResult] = {}
-        self._route_version = 0
-        self._next_hop: Connection | None = None
+        self._route = Route(0)
+        self._next_peer: PeerId | None = None
+        self._prepared: dict[tuple[str, bytes], Connection] = {}
+        self._upstreams: dict[Connection, int] = {}
         self._attached_version = -1
-        self._upstream: Connection | None = None
+        self._previous_version = 0
         self._tasks: asyncio.TaskGroup | None = None
+        self._background: set[asyncio.Task[None]] = set()
         self._opened_s = self._last_step_s = clock.monotonic_s()
         self._mistakes = 0
 
@@ -106,7 +173,7 @@ class Hop:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
                 own = [
-                    tasks.create_task(self._compute_steps()),
+                    tasks.create_task(self._compute_all()),
                     tasks.create_task(self._send_outputs()),
                     tasks.create_task(self._expire()),
                 ]
@@ -115,19 +182,21 @@ class Hop:
                 except Exception as error:  # re-raised below, outside of the group's wrapping
                     failure = error
                 finally:
-                    for task in own:
+                    for task in (*own, *self._background):
                         task.cancel()
                     await self._close_neighbours()
         finally:
             self._tasks = None
             self._cache.close()
+            self._journal.drop()
         if failure is not None:
             raise failure
 
     async def _close_neighbours(self) -> None:
-        for connection in (self._next_hop, self._upstream):
-            if connection is not None:
-                await connection.close()
+        next_hop = [self._route.next_hop] if self._route.next_hop is not None else []
+        for connection in (*next_hop, *self._prepared.values(), *self._upstreams):
+            await connection.close()
+        await self._mover.close()
 
     async def _expire(self) -> None:
         while True:
@@ -145,12 +214,10 @@ class Hop:
         await self.tell_client(code, step=step)
         await self._control.close()
 
-    async def tell_client(self, code: ErrorCode, *, step: int = 0) -> None:
+    async def tell_client(self, code: ErrorCode, *, step: int = 0, route_version: int = 0) -> None:
         """Send the client a code; if the control stream is gone, the session is ending anyway."""
-        try:
-            await self._control.send(error_message(code, step=step))
-        except NetworkError:
-            return
+        with contextlib.suppress(NetworkError):
+            await self._control.send(error_message(code, step=step, route_version=route_version))
 
     def count_mistake(self, allowed: int, error: ProtocolError) -> None:
         """Forgive a few mistakes of a peer; raise ``error`` again when there are too many."""
@@ -158,52 +225,147 @@ class Hop:
         if self._mistakes > allowed:
             raise error
 
-    # --- neighbours
+    def pong(self, nonce: int) -> Pong:
+        """The answer to the client's ping: how far the session's steps have come."""
+        return Pong(
+            nonce=nonce,
+            received_step=self._state.received_step,
+            computed_step=self._state.computed_step,
+            unix_ms=round(self._clock.unix_s() * 1000),
+        )
+
+    def start(self, work: Coroutine[None, None, None]) -> None:
+        """Run ``work`` beside the session, which owns it: it ends with it at the latest."""
+        if self._tasks is None or len(self._background) >= MAXIMUM_BACKGROUND_TASKS:
+            work.close()
+            raise ProtocolError(ErrorCode.BAD_FIELD, "too much at once")
+        task = self._tasks.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def probe(self, peer: PeerId, reaches: Callable[[PeerId], Awaitable[bool]]) -> None:
+        """Report to the client whether a neighbour is there, as ``reaches`` finds it."""
+        # Nobody is made to dial strangers.
+        if peer not in (self._previous_peer, self._next_peer):
+            await self.tell_client(ErrorCode.NOT_NAMED_BY_SESSION)
+            return
+        reachable = await reaches(peer)
+        with contextlib.suppress(NetworkError):
+            await self._control.send(ProbeReport(peer=peer, reachable=int(reachable)))
+
+    # --- the previous hop
     def require_previous(self, peer: PeerId) -> None:
         """Raise ProtocolError unless the session named ``peer`` as the source of activations."""
         if peer != self._previous_peer:
             raise ProtocolError(ErrorCode.NOT_NAMED_BY_SESSION, f"steps from {peer}")
 
-    async def attached(self, upstream: Connection, route_version: int) -> None:
-        """Take ``upstream`` as the stream of the previous hop, in place of an older one."""
-        if route_version <= self._attached_version:
+    def set_previous(self, message: SetPrevious) -> None:
+        """Expect another peer's stream. Raises ProtocolError for an older route."""
+        version = max(self._attached_version, self._previous_version)
+        if message.route_version <= version:
+            raise ProtocolError(ErrorCode.BAD_FIELD, "an older route")
+        self._previous_version = message.route_version
+        self._previous_peer = PeerId(message.previous_peer)
+
+    def attached(self, upstream: Connection, route_version: int) -> None:
+        """Take steps from ``upstream`` too; its first one ends the streams of older routes."""
+        if route_version <= self._attached_version or route_version < self._previous_version:
             raise ProtocolError(ErrorCode.BAD_FIELD, "an older route")
         self._attached_version = route_version
-        previous, self._upstream = self._upstream, upstream
-        if previous is not None:
-            await previous.close()
+        self._upstreams[upstream] = route_version
+
+    async def heard_from(self, upstream: Connection) -> None:
+        """Something came over ``upstream``: streams of older routes have done their part."""
+        if len(self._upstreams) < 2:
+            return
+        version = self._upstreams.get(upstream, 0)
+        for other, other_version in tuple(self._upstreams.items()):
+            if other_version < version:
+                del self._upstreams[other]
+                await other.close()
 
     async def detached(self, upstream: Connection) -> None:
-        """The previous hop's stream ended; tell the client unless a newer one took its place."""
-        if self._upstream is upstream:
-            self._upstream = None
-            if self._tasks is not None:
-                await self.tell_client(ErrorCode.PREVIOUS_HOP_LOST)
+        """A previous hop's stream ended; tell the client unless a newer one took its place."""
+        version = self._upstreams.pop(upstream, None)
+        if version == self._attached_version and self._tasks is not None:
+            await self.tell_client(ErrorCode.PREVIOUS_HOP_LOST, route_version=version)
 
-    def require_newer_route(self, route_version: int) -> None:
-        """Raise ProtocolError for a route that is not newer than the present one."""
-        if route_version <= self._route_version:
+    # --- moving to another node
+    async def tell_draining(self, wait_s: float) -> None:
+        """Ask the client for a replacement."""
+        with contextlib.suppress(NetworkError):
+            await self._control.send(Draining(wait_ms=round(wait_s * 1000)))
+
+    async def hand_over(self, message: HandOver, dial: Dial) -> None:
+        """Move the session's state as far as it is, and tell the client."""
+        answer = await self._mover.hand_over(message, dial)
+        with contextlib.suppress(NetworkError):
+            await self._control.send(answer)
+
+    async def take_over(self, leaving: Connection) -> None:
+        """Take the session's state from the hop that the client named, then tell the client."""
+        if leaving.peer != self._state_from or self._tasks is None:
+            raise ProtocolError(ErrorCode.NOT_NAMED_BY_SESSION, f"state from {leaving.peer}")
+        self._state_from = None  # one stream only
+        self._upstreams[leaving] = -1
+        try:
+            answer = await receive_state(leaving, self._moved_state, self._begin)
+        finally:
+            self._upstreams.pop(leaving, None)
+        with contextlib.suppress(NetworkError):
+            await self._control.send(answer)
+
+    def _begin(self, moved: TakenOver) -> None:
+        self._state.take_over(moved.length, moved.next_step)
+        self._last_step_s = self._clock.monotonic_s()
+
+    # --- the route
+    def check_route(self, message: SetRoute) -> None:
+        """Raise ProtocolError for a route that is not newer, or if the journal lacks its part."""
+        if message.route_version <= self._route.version:
             raise ProtocolError(ErrorCode.BAD_FIELD, "an older route")
+        if message.replay_end and (
+            self._journal.is_gone
+            or (message.replay_end < MAX_TOKENS and message.replay_end > self._journal.length)
+        ):
+            raise ProtocolError(ErrorCode.JOURNAL_GONE)
+        if message.prepare and len(self._prepared) >= MAXIMUM_PREPARED_ROUTES:
+            raise ProtocolError(ErrorCode.BAD_FIELD, "too many prepared routes")
 
-    async def route_to_client(self, route_version: int) -> None:
-        """From now on this is the last hop: results go to the client."""
-        await self._reroute(route_version, None)
+    def prepared(self, message: SetRoute) -> Connection | None:
+        """The stream that was attached in advance for this route, if there is one."""
+        return self._prepared.pop((message.next_peer, message.next_session_id), None)
 
-    async def route_to_peer(self, route_version: int, next_hop: Connection) -> None:
-        """From now on outputs go to ``next_hop``, which this session owns and closes."""
-        await self._reroute(route_version, next_hop)
-        if self._tasks is None:
-            await next_hop.close()
-        else:
-            self._tasks.create_task(self._watch(next_hop))
+    def prepare(self, message: SetRoute, next_hop: Connection) -> None:
+        """Keep a stream for a route that will be set later."""
+        self._prepared[message.next_peer, message.next_session_id] = next_hop
 
-    async def _reroute(self, route_version: int, next_hop: Connection | None) -> None:
-        self._route_version = route_version
-        previous, self._next_hop = self._next_hop, next_hop
+    async def set_route(self, message: SetRoute, next_hop: Connection | None) -> None:
+        """From now on outputs go to ``next_hop``, which this session owns and closes.
+
+        None makes this the last hop: results go to the client. Raises ProtocolError for an older
+        route.
+        """
+        if self._tasks is None or message.route_version <= self._route.version:
+            if next_hop is not None:
+                await next_hop.close()
+            raise ProtocolError(ErrorCode.BAD_FIELD, "an older route")
+        self._next_peer = PeerId(message.next_peer) if message.next_peer else None
+        previous = self._route.next_hop
+        route = Route(message.route_version, next_hop, bool(message.forward_replays))
+        self._route = route
+        # What waits belongs to the old route: it is in the journal or kept, and sent again from
+        # there if it is missing.
+        while not self._outbox.empty():
+            self._outbox.get_nowait()
+        if message.replay_end or message.resume_step:
+            self._outbox.put_nowait((route, _CatchUp(message.replay_end, message.resume_step)))
+        if next_hop is not None:
+            self._tasks.create_task(self._watch(route, next_hop))
         if previous is not None:
             await previous.close()
 
-    async def _watch(self, next_hop: Connection) -> None:
+    async def _watch(self, route: Route, next_hop: Connection) -> None:
         """Nothing but errors comes back from a next hop; its end must reach the client at once."""
         try:
             while True:
@@ -216,104 +378,183 @@ class Hop:
             log.debug("next hop %s: %s", next_hop.peer, error)
         finally:
             await next_hop.close()
-        if self._next_hop is next_hop:
-            await self.tell_client(ErrorCode.NEXT_HOP_LOST)
+        if self._route is route:
+            await self.tell_client(ErrorCode.NEXT_HOP_LOST, route_version=route.version)
 
-    # --- steps
-    async def submit(self, step: Step) -> None:
-        """Accept a step from the previous hop. Raises ProtocolError, and then nothing changed."""
-        if len(step.hop_compute_us) >= MAX_HOPS or len(step.hop_queue_us) >= MAX_HOPS:
+    # --- steps and replays
+    async def submit(self, message: Step | Replay) -> None:
+        """Accept what the previous hop sent. Raises ProtocolError, and then nothing changed."""
+        if isinstance(message, Replay):
+            self._state.accept_replay(message)
+            self._last_step_s = self._clock.monotonic_s()
+            await self._inbox.put(message)
+            return
+        if len(message.hop_compute_us) >= MAX_HOPS or len(message.hop_queue_us) >= MAX_HOPS:
             raise ProtocolError(ErrorCode.BAD_FIELD, "too many hops")
-        match self._state.accept(step):
+        match self._state.accept(message):
             case Verdict.APPLY:
                 self._last_step_s = self._clock.monotonic_s()
                 deadline_s = (
-                    self._last_step_s + step.deadline_ms / 1000 if step.deadline_ms else None
+                    self._last_step_s + message.deadline_ms / 1000 if message.deadline_ms else None
                 )
-                self._accepted.put_nowait(_Accepted(step, deadline_s))
+                await self._inbox.put(_Accepted(message, deadline_s))
             case Verdict.ANSWER_AGAIN:
-                await self._outbox.put(self._kept[step.step])
+                await self._inbox.put(_Again(message.step))
             case Verdict.IN_PROGRESS:
                 pass
 
-    async def _compute_steps(self) -> None:
+    async def _compute_all(self) -> None:
         while True:
-            accepted = await self._accepted.get()
+            work = await self._inbox.get()
+            step = work.step.step if isinstance(work, _Accepted) else 0
             try:
-                message = await self._compute(accepted)
+                match work:
+                    case _Accepted():
+                        message = await self._compute_step(work)
+                        await self._outbox.put((self._route, message))
+                    case _Again():
+                        kept = self._kept.get(work.step)
+                        if kept is not None:
+                            await self._outbox.put((self._route, kept))
+                    case Replay():
+                        await self._compute_replay(work)
             except ProtocolError as error:
                 log.warning("step failed: %s", error)
-                await self._fail(error.code, accepted.step.step)
+                await self._fail(error.code, step)
                 return
             except Exception:  # the one place for a session's engine: log and end the session
                 log.exception("the engine failed")
-                await self._fail(ErrorCode.INTERNAL, accepted.step.step)
+                await self._fail(ErrorCode.INTERNAL, step)
                 return
-            number = accepted.step.step
-            self._kept[number] = message
-            for dropped in self._state.completed(number):
-                del self._kept[dropped]
-            await self._outbox.put(message)
 
-    async def _compute(self, accepted: _Accepted) -> Step | StepResult:
+    async def _compute_step(self, accepted: _Accepted) -> Step | StepResult:
         step, deadline_s = accepted.step, accepted.deadline_monotonic_s
         if deadline_s is not None and self._clock.monotonic_s() >= deadline_s:
             raise ProtocolError(ErrorCode.DEADLINE_PASSED)
-        last = self._next_hop is None
+        last = self._next_peer is None
         rows, tokens, _ = step.activations.shape
-        output = await self._engine.step(
-            self._cache,
-            StepInput(
-                activations=step.activations,
-                position=step.position,
-                output_tokens=step.output_tokens if last else tokens,
-                row_order=step.row_order,
-            ),
+        row_order = self._state.row_order_of(step)
+        output, queue_us, compute_us = await self._through_engine(
+            step.activations, step.position, step.output_tokens if last else tokens, row_order
         )
-        self._observer.step_done(
-            rows=rows, tokens=tokens, queue_us=output.queue_us, compute_us=output.compute_us
-        )
-        queue_us = (*step.hop_queue_us, output.queue_us)
-        compute_us = (*step.hop_compute_us, output.compute_us)
-        activations = WireTensor(
-            dtype=output.activations.dtype,
-            shape=output.activations.shape,
-            data=output.activations.data,
-            encoding=self.terms.wire_encoding,
-        )
+        self._mover.changed(0 if row_order else step.position)
+        self._observer.step_done(rows=rows, tokens=tokens, queue_us=queue_us, compute_us=compute_us)
+        hop_queue_us = (*step.hop_queue_us, queue_us)
+        hop_compute_us = (*step.hop_compute_us, compute_us)
+        message: Step | StepResult
         if last:
-            return StepResult(
+            message = StepResult(
                 step=step.step,
                 position=step.position,
-                activations=activations,
-                hop_queue_us=queue_us,
-                hop_compute_us=compute_us,
+                activations=output,
+                hop_queue_us=hop_queue_us,
+                hop_compute_us=hop_compute_us,
             )
-        left_ms = 0
-        if deadline_s is not None:
-            left_ms = max(1, round((deadline_s - self._clock.monotonic_s()) * 1000))
-        return Step(
-            step=step.step,
-            position=step.position,
-            output_tokens=step.output_tokens,
-            activations=activations,
-            row_order=step.row_order,
-            deadline_ms=left_ms,
-            hop_queue_us=queue_us,
-            hop_compute_us=compute_us,
-        )
+        else:
+            self._journal.append(step.position, output, row_order)
+            left_ms = 0
+            if deadline_s is not None:
+                left_ms = max(1, round((deadline_s - self._clock.monotonic_s()) * 1000))
+            message = Step(
+                step=step.step,
+                position=step.position,
+                output_tokens=step.output_tokens,
+                activations=output,
+                row_order=step.row_order,
+                deadline_ms=left_ms,
+                hop_queue_us=hop_queue_us,
+                hop_compute_us=hop_compute_us,
+            )
+        self._kept[step.step] = message
+        for dropped in self._state.completed(step.step):
+            del self._kept[dropped]
+        return message
 
+    async def _compute_replay(self, replay: Replay) -> None:
+        rows, tokens, _ = replay.activations.shape
+        last = self._next_peer is None
+        output, _, _ = await self._through_engine(
+            replay.activations, replay.position, 1 if last else tokens, ()
+        )
+        self._mover.changed(replay.position)
+        self._observer.replayed(tokens=rows * tokens)
+        if not last:
+            self._journal.append(replay.position, output)
+        if self._route.forward_replays:
+            message = Replay(
+                position=replay.position,
+                activations=output,
+                rows_as_of_step=replay.rows_as_of_step,
+            )
+            await self._outbox.put((self._route, message))
+            return
+        with contextlib.suppress(NetworkError):  # then the session is ending anyway
+            await self._control.send(Replayed(length=replay.position + tokens))
+
+    async def _through_engine(
+        self,
+        activations: WireTensor,
+        position: int,
+        output_tokens: int,
+        row_order: tuple[int, ...],
+    ) -> tuple[WireTensor, int, int]:
+        """Activations out, queue and compute time in microseconds.
+
+        What is longer than this engine likes goes through it in pieces.
+        """
+        rows, tokens, _ = activations.shape
+        per_piece = max(1, self._engine.maximum_step_tokens // rows)
+        outputs: list[WireTensor] = []
+        queue_us = compute_us = 0
+        for first, piece in pieces(activations, per_piece):
+            last = first + piece.shape[1]
+            output = await self._engine.step(
+                self._cache,
+                StepInput(
+                    activations=piece,
+                    position=position + first,
+                    output_tokens=max(1, last - max(first, tokens - output_tokens)),
+                    row_order=row_order if first == 0 else (),
+                ),
+            )
+            outputs.append(output.activations)
+            queue_us += output.queue_us
+            compute_us += output.compute_us
+        joined = join_tokens(outputs, output_tokens)
+        return replace(joined, encoding=self.terms.wire_encoding), queue_us, compute_us
+
+    # --- outputs
     async def _send_outputs(self) -> None:
         while True:
-            message = await self._outbox.get()
-            next_hop = self._next_hop
-            target = self._control if isinstance(message, StepResult) else next_hop
-            if target is None:
-                log.warning("an output for a next hop that is gone was dropped")
+            route, message = await self._outbox.get()
+            if route is not self._route:
                 continue
+            target = self._control if route.next_hop is None else route.next_hop
             try:
-                await target.send(message)
+                if isinstance(message, _CatchUp):
+                    await self._catch_up(route, message, target)
+                else:
+                    await target.send(message)
             except NetworkError as error:
                 log.debug("output to %s lost: %s", target.peer, error)
-                if target is next_hop:
-                    await self.tell_client(ErrorCode.NEXT_HOP_LOST, step=message.step)
+                if route.next_hop is not None and route is self._route:
+                    await self.tell_client(ErrorCode.NEXT_HOP_LOST, route_version=route.version)
+
+    async def _catch_up(self, route: Route, work: _CatchUp, target: Connection) -> None:
+        # All at once: a step computed meanwhile may permute the rows of what is still to be sent.
+        journal = self._journal.read(0, work.replay_end)
+        rows_as_of_step = self._state.rows_as_of_step
+        for position, piece in pieces(journal, max(1, REPLAY_TOKENS // self.terms.rows)):
+            if route is not self._route:
+                return
+            await target.send(
+                Replay(
+                    position=position,
+                    activations=replace(piece, encoding=self.terms.wire_encoding),
+                    rows_as_of_step=rows_as_of_step,
+                )
+            )
+        if work.resume_step:
+            for number in sorted(self._kept):
+                if number >= work.resume_step:
+                    await target.send(self._kept[number])

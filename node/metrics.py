@@ -60,6 +60,11 @@ class NodeMetrics:
             ["kind"],
             registry=registry,
         )
+        self._replayed_tokens = Counter(
+            "swarm_node_replayed_tokens_total",
+            "Tokens (rows x positions) computed again for sessions that heal.",
+            registry=registry,
+        )
         self._tokens = Counter(
             "swarm_node_tokens_total",
             "Tokens (rows x positions) that went through the whole span of a session.",
@@ -132,6 +137,11 @@ class NodeMetrics:
         self._queued.set_function(lambda: engine.load.queued_steps)
         self._busy.set_function(lambda: engine.load.busy_fraction)
 
+    def forget_engine(self) -> None:
+        """No engine is loaded any more."""
+        for gauge in (self._cache_used, self._cache_total, self._queued, self._busy):
+            gauge.set_function(lambda: 0)
+
     def session_opened(self) -> None:
         self._sessions.inc()
         self._sessions_open.inc()
@@ -149,6 +159,10 @@ class NodeMetrics:
         self._queue.observe(queue_us / 1e6)
         self._compute.observe(compute_us / 1e6)
         self._add(tokens=rows * tokens)
+
+    def replayed(self, *, tokens: int) -> None:
+        """So many tokens (rows x positions) were computed again for a session that heals."""
+        self._replayed_tokens.inc(tokens)
 
     def batch_computed(self, steps: int) -> None:
         """The device computed ``steps`` steps in one batch."""

@@ -12,6 +12,7 @@ What a step means is decided by ``swarm.protocol.session``, what it computes by 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from swarm.connection import KEEPS_FRAMING, Connection
+from swarm.journal import DEFAULT_BUDGET_BYTES, JournalBudget
 from swarm.node.engine.api import CacheRequest, Engine
 from swarm.node.hop import Hop, HopLimits, HopObserver
 from swarm.ports import Clock, Stream, Transport
@@ -32,25 +34,34 @@ from swarm.protocol.errors import (
 )
 from swarm.protocol.identity import PeerId
 from swarm.protocol.messages import (
+    MAX_PAYLOAD_BYTES,
     AskLoad,
     Attach,
     Attached,
     CloseSession,
+    HandOver,
     LoadReport,
     Message,
     OpenSession,
     Ping,
     Pong,
+    PreviousSet,
+    ProbePeer,
+    Replay,
     RouteReady,
     SessionClosed,
     SessionOpened,
+    SetPrevious,
     SetRoute,
     Step,
+    TakeOver,
 )
-from swarm.protocol.session import SessionTerms, check_open
+from swarm.protocol.session import SessionTerms, accepted_step_tokens, check_open
 from swarm.protocol.version import STREAM_PROTOCOL
 
 log = logging.getLogger(__name__)
+
+_ROUTING = SetRoute | SetPrevious
 
 Resolver = Callable[[PeerId], Awaitable[Sequence[str] | None]]
 """Addresses of a peer that hosts the same model by the directory; None when it is unknown there."""
@@ -65,7 +76,9 @@ class ServiceLimits:
     streams_per_peer: int = 128
     steps_in_flight: int = 4
     hello_timeout_s: float = 5.0
-    attach_timeout_s: float = 10.0
+    attach_timeout_s: float = 5.0
+    probe_timeout_s: float = 1.5
+    """How long a neighbour may take to answer when a client asks whether it is there."""
     silence_timeout_s: float = 30.0
     """A control stream without any frame (clients ping) for this long is dead."""
     session_idle_s: float = 600.0
@@ -73,6 +86,8 @@ class ServiceLimits:
     session_lifetime_s: float = 6 * 3600.0
     errors_per_stream: int = 16
     retry_after_ms: int = 2000
+    journal_bytes: int = DEFAULT_BUDGET_BYTES
+    """For the journals of all sessions together."""
 
 
 class ServiceObserver(HopObserver, Protocol):
@@ -108,13 +123,17 @@ class NodeService:
         self._observer = observer
         self._clock = clock
         self._limits = limits or ServiceLimits()
+        self.journals = JournalBudget(self._limits.journal_bytes)
         self._hops: dict[bytes, Hop] = {}
         self._sessions_of: Counter[PeerId] = Counter()
         self._streams_of: Counter[PeerId] = Counter()
         self._connections: set[Connection] = set()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._no_sessions = asyncio.Event()
+        self._no_sessions.set()
         self._accepting = True
+        self._drain_ends_s = 0.0
 
     @property
     def sessions(self) -> int:
@@ -130,9 +149,24 @@ class NodeService:
         """Begin to answer peers."""
         await self._transport.serve(STREAM_PROTOCOL, self._serve_stream)
 
-    def stop_accepting(self) -> None:
-        """Refuse new sessions with DRAINING; running ones go on."""
+    def stop_accepting(self, wait_s: float = 0.0) -> None:
+        """Refuse new sessions with DRAINING.
+
+        Running ones go on; their clients are told that they have ``wait_s`` to move them.
+        """
         self._accepting = False
+        self._drain_ends_s = self._clock.monotonic_s() + wait_s
+        for hop in self._hops.values():
+            self._tell_draining(hop)
+
+    def _tell_draining(self, hop: Hop) -> None:
+        left_s = max(0.0, self._drain_ends_s - self._clock.monotonic_s())
+        with contextlib.suppress(ProtocolError):  # it ends, or begins and is told then
+            hop.start(hop.tell_draining(left_s))
+
+    async def emptied(self) -> None:
+        """Wait until no session is open."""
+        await self._no_sessions.wait()
 
     async def close(self) -> None:
         """Close all streams and wait until their handlers have freed everything."""
@@ -188,6 +222,8 @@ class NodeService:
                 await self._serve_client(connection, first)
             case Attach():
                 await self._serve_previous_hop(connection, first)
+            case TakeOver():
+                await self._serve_leaving_hop(connection, first)
             case _:
                 raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, type(first).__name__)
 
@@ -210,7 +246,9 @@ class NodeService:
     def _hosts(self, first_block: int, end_block: int) -> bool:
         return self._engine.first_block <= first_block < end_block <= self._engine.end_block
 
-    async def _receive(self, connection: Connection) -> Message:
+    async def _receive(
+        self, connection: Connection, pong: Callable[[int], Pong] | None = None
+    ) -> Message:
         """The next message that is no ping; a silent peer is a gone peer."""
         mistakes = 0
         while True:
@@ -228,17 +266,19 @@ class NodeService:
                 await connection.refuse(error)
                 continue
             if isinstance(message, Ping):
-                await connection.send(
-                    Pong(nonce=message.nonce, unix_ms=round(self._clock.unix_s() * 1000))
-                )
+                await connection.send((pong or self._pong)(message.nonce))
                 continue
             return message
+
+    def _pong(self, nonce: int) -> Pong:
+        return Pong(nonce=nonce, unix_ms=round(self._clock.unix_s() * 1000))
 
     # --- the control stream of a client
     async def _serve_client(self, connection: Connection, request: OpenSession) -> None:
         hop = self._open(connection, request)
         peer = connection.peer
         self._hops[hop.session_id] = hop
+        self._no_sessions.clear()
         self._sessions_of[peer] += 1
         self._observer.session_opened()
         try:
@@ -246,15 +286,21 @@ class NodeService:
             await connection.send(
                 SessionOpened(
                     session_id=hop.session_id,
-                    maximum_step_tokens=hop.terms.maximum_step_tokens,
+                    maximum_step_tokens=min(
+                        self._engine.maximum_step_tokens, hop.terms.maximum_step_tokens
+                    ),
                     maximum_steps_in_flight=hop.terms.maximum_steps_in_flight,
                     free_cache_tokens=self._engine.load.cache_tokens_free,
                 )
             )
             async with hop.running():
+                if not self._accepting:
+                    self._tell_draining(hop)
                 await self._read_control(connection, hop)
         finally:
             del self._hops[hop.session_id]
+            if not self._hops:
+                self._no_sessions.set()
             self._sessions_of[peer] -= 1
             if not self._sessions_of[peer]:
                 del self._sessions_of[peer]
@@ -280,7 +326,7 @@ class NodeService:
             hidden_size=engine.hidden_size,
             wire_dtype=dtype,
             wire_encoding=encoding,
-            maximum_step_tokens=engine.maximum_step_tokens,
+            maximum_step_tokens=accepted_step_tokens(engine.hidden_size, dtype),
             maximum_steps_in_flight=self._limits.steps_in_flight,
         )
         cache = engine.reserve(
@@ -296,65 +342,113 @@ class NodeService:
         return Hop(
             terms=terms,
             previous_peer=PeerId(request.previous_peer),
+            first_step=request.first_step,
+            state_from=PeerId(request.state_from) if request.state_from else None,
             control=connection,
             engine=engine,
             cache=cache,
             observer=self._observer,
             clock=self._clock,
             limits=HopLimits(self._limits.session_idle_s, self._limits.session_lifetime_s),
+            journal_budget=self.journals,
         )
 
     async def _read_control(self, connection: Connection, hop: Hop) -> None:
         while True:
-            message = await self._receive(connection)
+            message = await self._receive(connection, hop.pong)
             try:
                 match message:
-                    case Step():
+                    case Step() | Replay():
                         hop.require_previous(connection.peer)
                         await hop.submit(message)
                     case SetRoute():
-                        await self._set_route(hop, message)
-                        await connection.send(RouteReady(route_version=message.route_version))
+                        hop.check_route(message)
+                        # Not here: dialling may take seconds, and the client's pings must not wait.
+                        hop.start(self._set_route(connection, hop, message))
+                    case SetPrevious():
+                        hop.set_previous(message)
+                        await connection.send(PreviousSet(route_version=message.route_version))
+                    case ProbePeer():
+                        hop.start(hop.probe(PeerId(message.peer), self._reaches))
+                    case HandOver():
+                        hop.start(hop.hand_over(message, self._dial))
                     case CloseSession():
                         return
                     case _:
                         raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, type(message).__name__)
             except ProtocolError as error:
                 step = message.step if isinstance(message, Step) else 0
+                version = message.route_version if isinstance(message, _ROUTING) else 0
                 self._refused(connection.peer, error)
                 hop.count_mistake(self._limits.errors_per_stream, error)
-                await connection.refuse(error, step=step)
+                await connection.refuse(error, step=step, route_version=version)
 
-    async def _set_route(self, hop: Hop, message: SetRoute) -> None:
-        hop.require_newer_route(message.route_version)
-        if not message.next_peer:
-            await hop.route_to_client(message.route_version)
+    async def _set_route(self, connection: Connection, hop: Hop, message: SetRoute) -> None:
+        try:
+            next_hop = None
+            if message.next_peer:
+                next_hop = hop.prepared(message) or await self._attach(message)
+            if next_hop is not None and message.prepare:
+                hop.prepare(message, next_hop)
+            else:
+                await hop.set_route(message, next_hop)
+        except ProtocolError as error:
+            self._refused(connection.peer, error)
+            await connection.refuse(error, route_version=message.route_version)
             return
-        peer = PeerId(message.next_peer)
-        addresses = await self._resolve(peer)
-        if addresses is None:
-            raise ProtocolError(ErrorCode.NEXT_HOP_UNKNOWN)
+        with contextlib.suppress(NetworkError):  # then the session is ending anyway
+            await connection.send(RouteReady(route_version=message.route_version))
+
+    async def _attach(self, message: SetRoute) -> Connection:
+        """Dial the next hop of a session and name the session that our steps belong to."""
+        peer, version = PeerId(message.next_peer), message.route_version
         try:
             async with asyncio.timeout(self._limits.attach_timeout_s):
-                stream = await self._transport.open(peer, STREAM_PROTOCOL, addresses)
-                next_hop = Connection(stream, self._observer.bytes_moved)
+                next_hop = await self._dial(
+                    peer, Attach(session_id=message.next_session_id, route_version=version)
+                )
                 try:
-                    await next_hop.say_hello(
-                        Attach(
-                            session_id=message.next_session_id,
-                            route_version=message.route_version,
-                        )
-                    )
                     await next_hop.receive_only(Attached)
                 except BaseException:
                     await next_hop.close()
                     raise
         except RemoteError as error:
             raise ProtocolError(error.code, f"next hop {peer} refused") from None
-        except (TimeoutError, NetworkError, ProtocolError) as error:
+        except (TimeoutError, NetworkError) as error:
             log.info("next hop %s cannot be attached: %s", peer, error)
             raise ProtocolError(ErrorCode.NEXT_HOP_LOST) from None
-        await hop.route_to_peer(message.route_version, next_hop)
+        return next_hop
+
+    async def _dial(self, peer: PeerId, first: Attach | TakeOver) -> Connection:
+        """A stream to a host of the same model, ``first`` sent on it. Raises SwarmErrors."""
+        addresses = await self._resolve(peer)
+        if addresses is None:
+            raise ProtocolError(ErrorCode.NEXT_HOP_UNKNOWN)
+        try:
+            async with asyncio.timeout(self._limits.attach_timeout_s):
+                stream = await self._transport.open(peer, STREAM_PROTOCOL, addresses)
+                connection = Connection(stream, self._observer.bytes_moved)
+                try:
+                    await connection.say_hello(first)
+                except BaseException:
+                    await connection.close()
+                    raise
+        except TimeoutError:
+            raise NetworkError(f"{peer} does not answer") from None
+        return connection
+
+    async def _reaches(self, peer: PeerId) -> bool:
+        """Whether a neighbour of a session answers a ping."""
+        try:
+            async with asyncio.timeout(self._limits.probe_timeout_s):
+                addresses = await self._resolve(peer)
+                stream = await self._transport.open(peer, STREAM_PROTOCOL, addresses or ())
+                async with Connection(stream, self._observer.bytes_moved) as connection:
+                    await connection.say_hello(Ping(nonce=1))
+                    await connection.receive_only(Pong)
+        except (TimeoutError, NetworkError, ProtocolError, RemoteError):
+            return False
+        return True
 
     # --- the stream of the previous hop
     async def _serve_previous_hop(self, connection: Connection, attach: Attach) -> None:
@@ -362,26 +456,39 @@ class NodeService:
         if hop is None:
             raise ProtocolError(ErrorCode.UNKNOWN_SESSION)
         hop.require_previous(connection.peer)
-        await hop.attached(connection, attach.route_version)
+        hop.attached(connection, attach.route_version)
         connection.maximum_payload_bytes = hop.terms.maximum_payload_bytes
         try:
             await connection.send(Attached(route_version=attach.route_version))
             while True:
                 message = await connection.receive()
                 match message:
-                    case Step():
+                    case Step() | Replay():
+                        await hop.heard_from(connection)
                         try:
                             await hop.submit(message)
                         except ProtocolError as error:
                             self._refused(connection.peer, error)
                             hop.count_mistake(self._limits.errors_per_stream, error)
-                            await hop.tell_client(error.code, step=message.step)
+                            await hop.tell_client(
+                                error.code,
+                                step=message.step if isinstance(message, Step) else 0,
+                                route_version=attach.route_version,
+                            )
                     case Ping():
-                        await connection.send(Pong(nonce=message.nonce))
+                        await connection.send(self._pong(message.nonce))
                     case _:
                         raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, type(message).__name__)
         finally:
             await hop.detached(connection)
+
+    # --- the stream of a hop that leaves
+    async def _serve_leaving_hop(self, connection: Connection, message: TakeOver) -> None:
+        hop = self._hops.get(message.session_id)
+        if hop is None:
+            raise ProtocolError(ErrorCode.UNKNOWN_SESSION)
+        connection.maximum_payload_bytes = MAX_PAYLOAD_BYTES
+        await hop.take_over(connection)
 
     # --- bookkeeping
     def _refused(self, peer: PeerId, error: ProtocolError) -> None:

@@ -24,7 +24,12 @@ from rich.text import Text
 LIVE_PERIOD_S = 1.0
 STATUS_PERIOD_S = 10.0
 MAXIMUM_BAR_CELLS = 64
-STATE_STYLES = {"online": "bold green", "draining": "bold yellow", "stopped": "dim"}
+STATE_STYLES = {
+    "online": "bold green",
+    "draining": "bold yellow",
+    "resting": "dim",
+    "stopped": "dim",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +37,7 @@ class NodeStatus:
     """A snapshot of a node or a seed. A seed has no blocks: ``model`` is empty."""
 
     state: str = "starting"
-    """starting, loading, joining, online, draining or stopped."""
+    """starting, loading, joining, online, draining, resting or stopped."""
     peer_id: str = ""
     display_name: str = ""
     addresses: tuple[str, ...] = ()
@@ -44,7 +49,10 @@ class NodeStatus:
     first_block: int = 0
     end_block: int = 0
     coverage: tuple[int, ...] = ()
-    """Nodes that serve each block of the model, this one included; empty when not known yet."""
+    """Nodes that serve each block of the model, this one included while it is online.
+
+    Empty when not known yet.
+    """
     engine: str = ""
     """Device, dtype and threads, for people."""
     loading_fraction: float | None = None
@@ -57,6 +65,10 @@ class NodeStatus:
     cache_tokens_used: int = 0
     cache_tokens_total: int = 0
     refused: int = 0
+    drain_left_s: float | None = None
+    """How long a draining node will still wait for its sessions."""
+    rests_until: str = ""
+    """When a resting node goes on, local time."""
 
 
 StatusSource = Callable[[], NodeStatus]
@@ -102,9 +114,14 @@ class JsonView:
         self._stream = stream or sys.stdout
 
     async def watch(self, status: StatusSource) -> None:
+        seconds, last = 0.0, status().state
         while True:
-            await asyncio.sleep(STATUS_PERIOD_S)
-            self._write("status", asdict(status()))
+            await asyncio.sleep(LIVE_PERIOD_S)
+            seconds += LIVE_PERIOD_S
+            current = status()
+            if seconds >= STATUS_PERIOD_S or current.state != last:
+                seconds, last = 0.0, current.state
+                self._write("status", asdict(current))
 
     def ready(self, status: NodeStatus) -> None:
         self._write(
@@ -145,10 +162,14 @@ class PlainView:
             if current.state != self._last:
                 self._last = current.state
                 self._line(f"{current.state} {describe_span(current)}".rstrip())
+                seconds = 0.0
+                self._explain(current)
             elif seconds >= STATUS_PERIOD_S:
                 seconds = 0.0
                 if current.sessions or current.tokens_per_s:
                     self._line(describe_load(current))
+                if current.state == "draining":
+                    self._explain(current)
             await asyncio.sleep(self._period_s)
             seconds += self._period_s
 
@@ -165,6 +186,10 @@ class PlainView:
 
     def error(self, message: str) -> None:
         print(f"error: {message}", file=sys.stderr)
+
+    def _explain(self, status: NodeStatus) -> None:
+        for line in describe_absence(status):
+            self._line(line)
 
     def _line(self, text: str) -> None:
         self._stream.write(text + "\n")
@@ -214,6 +239,11 @@ def make_view(*, as_json: bool, plain: bool) -> View:
     return LiveView(Console())
 
 
+def print_status(status: NodeStatus) -> None:
+    """One snapshot on standard output."""
+    Console().print(render(status))
+
+
 # --- drawing -------------------------------------------------------------------------------------
 def render(status: NodeStatus) -> RenderableType:
     """One snapshot as a panel of at most 100 columns."""
@@ -230,6 +260,8 @@ def render(status: NodeStatus) -> RenderableType:
         rows.add_row("sessions", load)
         rows.add_row("tokens", f"{status.tokens_per_s:,.1f}/s   {status.tokens:,} in total")
         rows.add_row("cache", _cache(status))
+    for number, line in enumerate(describe_absence(status)):
+        rows.add_row("" if number else status.state, Text(line, "yellow"))
     rows.add_row("uptime", format_duration(status.uptime_s))
     rows.add_row("peer id", status.peer_id or "connecting")
     for number, address in enumerate(status.addresses):
@@ -241,7 +273,10 @@ def render(status: NodeStatus) -> RenderableType:
         "  ",
         (status.state, STATE_STYLES.get(status.state, "bold cyan")),
     )
-    hint = Text("Ctrl-C leaves the swarm cleanly", style="dim")
+    leaving = status.state == "draining"
+    hint = Text(
+        "Ctrl-C again leaves at once" if leaving else "Ctrl-C leaves the swarm cleanly", "dim"
+    )
     return Panel(Group(rows), title=title, subtitle=hint, width=100, padding=(1, 2))
 
 
@@ -301,6 +336,28 @@ def describe_span(status: NodeStatus) -> str:
         f"blocks {status.first_block}:{status.end_block} of {status.model_blocks} "
         f"of {status.model}{engine}"
     )
+
+
+def describe_absence(status: NodeStatus) -> list[str]:
+    """What a node that leaves or rests still does for whom; empty for all others."""
+    if status.state == "resting":
+        return [f"works again at {status.rests_until}; Ctrl-C ends it for good"]
+    if status.state != "draining":
+        return []
+    sessions = f"{status.sessions} session{'' if status.sessions == 1 else 's'}"
+    left_s = status.drain_left_s or 0.0
+    if not status.sessions:
+        return ["no sessions are left here"]
+    lines = [f"{sessions} still here; waits {left_s:.0f} s at most until all are handed over"]
+    alone = [
+        block
+        for block in range(status.first_block, min(status.end_block, len(status.coverage)))
+        if not status.coverage[block]
+    ]
+    if alone:
+        blocks = f"block {alone[0]}" if len(alone) == 1 else f"blocks {alone[0]}-{alone[-1]}"
+        lines.append(f"nobody else has {blocks}: what runs here then ends with this node")
+    return lines
 
 
 def describe_load(status: NodeStatus) -> str:

@@ -426,6 +426,8 @@ class HandedOver(Message):
     TAG = 26
     length: int = wire(1, Uint(MAX_TOKENS))
     digest: bytes = wire(2, Bytes(DIGEST_BYTES, DIGEST_BYTES))
+    code: int = wire(3, Uint(65535), 0)
+    """Why it failed; 0: it did not. The session goes on at the leaving hop until it ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,12 +440,15 @@ class TakeOver(Message):
 
 @dataclass(frozen=True, slots=True)
 class CacheChunk(Message):
-    """Keys or values of one block, ``[rows, tokens, heads x head size]``, from ``position`` on."""
+    """Keys and values of blocks ``[first_block, end_block)`` from ``position`` on.
+
+    ``content`` is ``[blocks x rows x 2 x heads, tokens, head size]``: of each block and row first
+    the keys, then the values; in the dtype of the cache. What was there before is overwritten.
+    """
 
     TAG = 28
-    block: int = wire(1, Uint(MAX_BLOCKS))
-    values: int = wire(2, Uint(1))
-    """0: keys, 1: values."""
+    first_block: int = wire(1, Uint(MAX_BLOCKS))
+    end_block: int = wire(2, Uint(MAX_BLOCKS))
     position: int = wire(3, Uint(MAX_TOKENS))
     content: WireTensor = wire(4, TensorField())
 
@@ -459,12 +464,19 @@ class JournalChunk(Message):
 
 @dataclass(frozen=True, slots=True)
 class TakenOver(Message):
-    """Ends a round. Sent by the leaving hop, and answered with what the replacement has."""
+    """Ends a round. Sent by the leaving hop, and answered with what the replacement has.
+
+    After the ``final`` one the replacement goes on from ``length`` with step ``next_step``, and
+    tells the client the same. ``left_padding`` has one count per row, in the rows' present order.
+    """
 
     TAG = 30
     length: int = wire(1, Uint(MAX_TOKENS))
     next_step: int = wire(2, Uint(MAX_STEP))
     digest: bytes = wire(3, Bytes(DIGEST_BYTES, DIGEST_BYTES))
+    """SHA-256 over all chunks of the stream so far."""
+    final: int = wire(4, Uint(1), 0)
+    left_padding: tuple[int, ...] = wire(5, Array(Uint(MAX_TOKENS), MAX_ROWS), ())
 
 
 MESSAGE_TYPES: tuple[type[Message], ...] = (

@@ -10,6 +10,7 @@ state are hints. What a client measures itself counts more.
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -43,8 +44,12 @@ MAX_LIFETIME_S = 15 * 60
 MAX_SHARDS = 65536
 MAX_ADAPTERS = 16
 MAX_RECORD_ADDRESSES = 8
+MAX_TOMBSTONES = 24
+"""Lost peers that one witness names in one record."""
+SHARDS_PER_TOMBSTONE_GROUP = 16
 PASSPORT_HASH_BYTES = 32
 SIGNATURE_CONTEXT = b"directory record"
+COUNTRY = re.compile("[A-Z]{2}")
 
 MODEL_NAME = Text(128)
 SMALL_TEXT = Text(64)
@@ -59,6 +64,10 @@ class NodeState(IntEnum):
     ONLINE = 2
     DRAINING = 3
     """Serves its sessions to their end, takes no new ones."""
+    MOVING = 4
+    """Serves its span, new sessions too, while it prepares another one; drains before it changes.
+
+    Routing uses it at its span, placement counts it at its target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +105,31 @@ class NodeRecord:
     reachable_directly: bool = wire(23, Uint(1), False)
     software: str = wire(24, SMALL_TEXT, "")
     display_name: str = wire(25, SMALL_TEXT, "")
+    organisation: str = wire(26, SMALL_TEXT, "")
+    """Who runs the node, as declared; replicas should not all be of one."""
+    country: str = wire(27, Text(2), "")
+    """ISO 3166-1 alpha-2 in capitals, as declared; empty when unknown."""
+    started_unix_s: int = wire(28, COUNT, 0)
+    """Since when it runs, as declared: who has seen it first later believes that instead."""
+    batched_tokens_per_s: int = wire(29, COUNT, 0)
+    """Decoded through one block over all sessions, at the batch that fills the cache."""
+    target_first_block: int = wire(30, Uint(MAX_BLOCKS), 0)
+    target_end_block: int = wire(31, Uint(MAX_BLOCKS), 0)
+    """The span that a MOVING node prepares; 0 and 0 in every other state."""
+    busy_permille: int = wire(32, Uint(1000), 0)
+    """Share of recent time in which the device computed."""
+
+    @property
+    def takes_sessions(self) -> bool:
+        """Whether routing may use the node."""
+        return self.state in (NodeState.ONLINE, NodeState.MOVING)
+
+    @property
+    def placed_span(self) -> tuple[int, int]:
+        """Where placement counts the node: at the target of its move, else at its span."""
+        if self.state is NodeState.MOVING:
+            return self.target_first_block, self.target_end_block
+        return self.first_block, self.end_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +146,33 @@ class ModelIndexRecord:
     expires_unix_s: int = wire(8, COUNT)
 
 
-Record = NodeRecord | ModelIndexRecord
+@dataclass(frozen=True, slots=True)
+class TombstoneRecord:
+    """One witness's word that nodes of a model answer nobody any more.
 
-_SCHEMAS: dict[int, Schema[Any]] = {1: Schema(NodeRecord), 2: Schema(ModelIndexRecord)}
+    It counts only together with that of other witnesses (``swarm.tombstones``).
+    """
+
+    peer_id: PeerId = wire(1, PEER)
+    """The witness."""
+    model_revision: bytes = wire(2, Bytes(REVISION_BYTES, REVISION_BYTES))
+    groups: int = wire(3, Uint(MAX_SHARDS))
+    group: int = wire(4, Uint(MAX_SHARDS))
+    """``shard_of(lost peer, groups)``, the same for all of them."""
+    lost_peers: tuple[str, ...] = wire(5, Array(PEER, MAX_TOMBSTONES))
+    lost_sequences: tuple[int, ...] = wire(6, Array(COUNT, MAX_TOMBSTONES))
+    """Of the record of each lost peer that was the newest; a newer one shows that it lives."""
+    sequence: int = wire(7, COUNT)
+    expires_unix_s: int = wire(8, COUNT)
+
+
+Record = NodeRecord | ModelIndexRecord | TombstoneRecord
+
+_SCHEMAS: dict[int, Schema[Any]] = {
+    1: Schema(NodeRecord),
+    2: Schema(ModelIndexRecord),
+    3: Schema(TombstoneRecord),
+}
 _KINDS: dict[type, int] = {schema.owner: kind for kind, schema in _SCHEMAS.items()}
 
 
@@ -134,10 +192,22 @@ def model_index_key() -> str:
     return "sovereign-swarm/v1/models"
 
 
+def tombstone_groups(shards: int) -> int:
+    """Among how many keys the tombstones of a model with so many shards are spread."""
+    return max(1, shards // SHARDS_PER_TOMBSTONE_GROUP)
+
+
+def tombstone_key(model_revision: bytes, group: int) -> str:
+    """Directory key of the tombstones of one group of a model's nodes."""
+    return f"sovereign-swarm/v1/tombstones/{model_revision.hex()}/{group}"
+
+
 def expected_key(record: Record) -> str:
     """The only key under which this record may be stored."""
     if isinstance(record, ModelIndexRecord):
         return model_index_key()
+    if isinstance(record, TombstoneRecord):
+        return tombstone_key(record.model_revision, record.group)
     return shard_key(record.model_revision, shard_of(record.peer_id, record.shards))
 
 
@@ -158,13 +228,18 @@ def sign_record(identity: Identity, record: Record) -> bytes:
     return value
 
 
-def open_record(
-    value: bytes, *, now_unix_s: float, expected_peer: PeerId | None = None
-) -> NodeRecord | ModelIndexRecord:
+def open_record(value: bytes, *, now_unix_s: float, expected_peer: PeerId | None = None) -> Record:
     """Decode and check a record. ``expected_peer`` owns the subkey where it was found.
 
     Raises RecordError, and nothing else, for any bytes that are not a valid, live record.
     """
+    record = verify_record(value, expected_peer)
+    check_lifetime(record, now_unix_s)
+    return record
+
+
+def verify_record(value: bytes, expected_peer: PeerId | None = None) -> Record:
+    """As ``open_record``, but for what changes with time: the same bytes give the same answer."""
     if len(value) > MAX_RECORD_BYTES:
         raise RecordError("too large")
     try:
@@ -178,14 +253,18 @@ def open_record(
         problem = _problem(record)
         if problem:
             raise RecordError(problem)
-        if not now_unix_s < record.expires_unix_s <= now_unix_s + MAX_LIFETIME_S:
-            raise RecordError("expired, or expires too late")
         verify(record.peer_id, SIGNATURE_CONTEXT, bytes([kind]) + payload, signature)
     except RecordError:
         raise
     except ProtocolError as error:
         raise RecordError(error.detail) from error
     return record
+
+
+def check_lifetime(record: Record, now_unix_s: float) -> None:
+    """Raises RecordError for a record that has expired or expires too late."""
+    if not now_unix_s < record.expires_unix_s <= now_unix_s + MAX_LIFETIME_S:
+        raise RecordError("expired, or expires too late")
 
 
 def _open_envelope(value: bytes) -> tuple[int, bytes, bytes]:
@@ -206,6 +285,8 @@ def _problem(record: Record) -> str:
         public_key_from_peer_id(record.peer_id)
     except ProtocolError as error:
         return error.detail
+    if isinstance(record, TombstoneRecord):
+        return _tombstone_problem(record)
     if not record.model_name:
         return "the model has no name"
     if record.number_of_blocks < 1 or record.shards < 1:
@@ -220,4 +301,29 @@ def _problem(record: Record) -> str:
         return "more cache is free than there is"
     if len(record.passport_hash) not in (0, PASSPORT_HASH_BYTES):
         return "a passport hash has 32 bytes"
+    if record.country and not COUNTRY.fullmatch(record.country):
+        return "a country has two capital letters"
+    target = (record.target_first_block, record.target_end_block)
+    if record.state is NodeState.MOVING:
+        if not target[0] < target[1] <= record.number_of_blocks:
+            return "the target does not lie within the model"
+    elif target != (0, 0):
+        return "only who moves has a target"
+    return ""
+
+
+def _tombstone_problem(record: TombstoneRecord) -> str:
+    if not 0 < len(record.lost_peers) == len(record.lost_sequences):
+        return "a tombstone names lost peers, each with its sequence"
+    if len(set(record.lost_peers)) < len(record.lost_peers) or record.peer_id in record.lost_peers:
+        return "a witness names each other peer once"
+    try:
+        for peer in record.lost_peers:
+            public_key_from_peer_id(PeerId(peer))
+    except ProtocolError as error:
+        return error.detail
+    if record.groups < 1 or any(
+        shard_of(PeerId(peer), record.groups) != record.group for peer in record.lost_peers
+    ):
+        return "a lost peer belongs to another group"
     return ""

@@ -11,6 +11,8 @@ the client's steps and checks the answers. Rules that hold in every state:
 4. A refused step leaves the state as it was.
 5. At most ``maximum_steps_in_flight`` steps are accepted and not yet computed.
 6. A result counts only if it answers a step in flight, with exactly its position and tokens.
+7. A replay fills the cache with what steps before had brought there. It has no number: a hop that
+   takes another's place begins with the number of the first step that it will see itself.
 """
 
 from __future__ import annotations
@@ -26,10 +28,23 @@ from swarm.protocol.messages import (
     MAX_ROWS,
     MAX_TOKENS,
     OpenSession,
+    Replay,
     Step,
     StepResult,
 )
-from swarm.protocol.tensors import ITEM_BYTES, DType, Encoding
+from swarm.protocol.tensors import ITEM_BYTES, DType, Encoding, WireTensor
+
+LONGEST_STEP_TOKENS = 512
+"""``rows x tokens`` of one step that every node takes, as far as its payload may be that large.
+
+What a node announces as ``maximum_step_tokens`` is what it prefers. A hop that takes another's
+place may get steps that were cut for the one before.
+"""
+
+
+def accepted_step_tokens(hidden_size: int, dtype: DType) -> int:
+    """Most ``rows x tokens`` of one step that a node must take."""
+    return max(1, min(LONGEST_STEP_TOKENS, MAX_PAYLOAD_BYTES // (hidden_size * ITEM_BYTES[dtype])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +75,8 @@ def check_open(message: OpenSession) -> tuple[DType, Encoding]:
     padding = message.left_padding
     if padding and len(padding) != message.rows:
         raise ProtocolError(ErrorCode.BAD_FIELD, "one left padding per row")
+    if message.first_step < 1:
+        raise ProtocolError(ErrorCode.BAD_FIELD, "steps start at 1")
     if any(count >= message.maximum_tokens for count in padding):
         raise ProtocolError(ErrorCode.BAD_FIELD, "a row of nothing but padding")
     try:
@@ -82,12 +99,14 @@ class Verdict(Enum):
 class HopSession:
     """A node's view of one session: which steps were accepted, and how long the cache is."""
 
-    def __init__(self, terms: SessionTerms) -> None:
+    def __init__(self, terms: SessionTerms, first_step: int = 1) -> None:
         self.terms = terms
-        self._next_step = 1
+        self._next_step = first_step
         self._length = 0
         self._in_flight: set[int] = set()
         self._kept: OrderedDict[int, None] = OrderedDict()
+        self._computed_step = 0
+        self._rows_as_of_step = 0
 
     @property
     def length(self) -> int:
@@ -97,6 +116,43 @@ class HopSession:
     @property
     def steps_in_flight(self) -> int:
         return len(self._in_flight)
+
+    @property
+    def received_step(self) -> int:
+        """The latest step accepted; what came before it was accepted too."""
+        return self._next_step - 1
+
+    @property
+    def computed_step(self) -> int:
+        """The latest step computed here; 0 before the first."""
+        return self._computed_step
+
+    @property
+    def rows_as_of_step(self) -> int:
+        """What was computed has its rows in the order that the steps up to this one asked for."""
+        return max(self._rows_as_of_step, self._computed_step)
+
+    def row_order_of(self, step: Step) -> tuple[int, ...]:
+        """How ``step`` permutes the rows here: not at all if they were replayed in that order."""
+        return () if step.step <= self._rows_as_of_step else step.row_order
+
+    def accept_replay(self, replay: Replay) -> None:
+        """Decide on a replay. Raises ProtocolError, and then the state is unchanged."""
+        if replay.position > self._length:
+            raise ProtocolError(ErrorCode.GAP, f"position {replay.position} after {self._length}")
+        self._check_tensor(replay.activations, replay.position)
+        self._length = replay.position + replay.activations.shape[1]
+        self._rows_as_of_step = max(self._rows_as_of_step, replay.rows_as_of_step)
+
+    def take_over(self, length: int, next_step: int) -> None:
+        """Go on where another hop was. Raises ProtocolError, and then the state is unchanged."""
+        if self._length or self._in_flight or self._computed_step:
+            raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "the session has begun already")
+        if not 1 <= next_step or not 0 <= length <= self.terms.maximum_tokens:
+            raise ProtocolError(ErrorCode.BAD_FIELD, f"length {length}, step {next_step}")
+        self._next_step = next_step
+        self._length = length
+        self._computed_step = self._rows_as_of_step = next_step - 1
 
     def accept(self, step: Step) -> Verdict:
         """Decide on an arriving step. Raises ProtocolError, and then the state is unchanged."""
@@ -112,7 +168,7 @@ class HopSession:
             raise ProtocolError(ErrorCode.GAP, f"expected step {self._next_step}, got {step.step}")
         if step.position > self._length:
             raise ProtocolError(ErrorCode.GAP, f"position {step.position} after {self._length}")
-        self._check_tensor(step)
+        self._check_step(step)
         if len(self._in_flight) >= self.terms.maximum_steps_in_flight:
             raise ProtocolError(ErrorCode.TOO_MANY_STEPS, "wait for results")
         self._next_step += 1
@@ -123,14 +179,25 @@ class HopSession:
     def completed(self, step: int) -> tuple[int, ...]:
         """Note that the step was computed; returns the steps whose kept results may be dropped."""
         self._in_flight.remove(step)
+        self._computed_step = step
         self._kept[step] = None
         dropped = []
         while len(self._kept) > self.terms.maximum_steps_in_flight:
             dropped.append(self._kept.popitem(last=False)[0])
         return tuple(dropped)
 
-    def _check_tensor(self, step: Step) -> None:
-        terms, tensor = self.terms, step.activations
+    def _check_step(self, step: Step) -> None:
+        tensor = step.activations
+        self._check_tensor(tensor, step.position)
+        rows, tokens, _ = tensor.shape
+        if not 1 <= step.output_tokens <= tokens:
+            raise ProtocolError(ErrorCode.BAD_FIELD, f"output_tokens {step.output_tokens}")
+        order = step.row_order
+        if order and (len(order) != rows or any(row >= rows for row in order)):
+            raise ProtocolError(ErrorCode.BAD_FIELD, "row_order does not fit the rows")
+
+    def _check_tensor(self, tensor: WireTensor, position: int) -> None:
+        terms = self.terms
         if tensor.dtype is not terms.wire_dtype:
             raise ProtocolError(ErrorCode.BAD_TENSOR, f"dtype {tensor.dtype.name}")
         rows, tokens, hidden = tensor.shape
@@ -139,13 +206,8 @@ class HopSession:
         # One token for each row must always be possible, however many rows a session has.
         if tokens > 1 and rows * tokens > terms.maximum_step_tokens:
             raise ProtocolError(ErrorCode.TOO_LARGE, f"{rows} x {tokens} tokens in one step")
-        if step.position + tokens > terms.maximum_tokens:
+        if position + tokens > terms.maximum_tokens:
             raise ProtocolError(ErrorCode.BAD_POSITION, "beyond what the session reserved")
-        if not 1 <= step.output_tokens <= tokens:
-            raise ProtocolError(ErrorCode.BAD_FIELD, f"output_tokens {step.output_tokens}")
-        order = step.row_order
-        if order and (len(order) != rows or any(row >= rows for row in order)):
-            raise ProtocolError(ErrorCode.BAD_FIELD, "row_order does not fit the rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +233,37 @@ class ClientSession:
     def length(self) -> int:
         """Tokens in the remote caches once all issued steps are computed."""
         return self._length
+
+    @property
+    def oldest_in_flight(self) -> IssuedStep | None:
+        """The first step without a result; None when all are answered."""
+        return next(iter(self._in_flight.values()), None)
+
+    @property
+    def last_issued_step(self) -> int:
+        """The latest step that was numbered; 0 before the first."""
+        return self._next_step - 1
+
+    @property
+    def resume_step(self) -> int:
+        """The first step that a hop which takes another's place will see."""
+        oldest = self.oldest_in_flight
+        return oldest.step if oldest is not None else self._next_step
+
+    @property
+    def resume_position(self) -> int:
+        """How many positions were in the caches before :attr:`resume_step`, as far as it needs."""
+        oldest = self.oldest_in_flight
+        return oldest.position if oldest is not None else self._length
+
+    def is_answered(self, step: int) -> bool:
+        """Whether the step was issued and has its result, or was given up."""
+        return step < self._next_step and step not in self._in_flight
+
+    def give_up(self) -> None:
+        """Forget the steps in flight, and what they would have added. Their numbers stay used."""
+        self._length = self.resume_position
+        self._in_flight.clear()
 
     @property
     def may_issue(self) -> bool:

@@ -91,14 +91,25 @@ def equal_spans(blocks: int, nodes: int) -> tuple[Span, ...]:
 class Member:
     """One ``swarm-node`` process and what it said of itself when it was ready."""
 
-    def __init__(self, name: str, command: Sequence[str], plan: SwarmPlan, logs: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        plan: SwarmPlan,
+        logs: Path,
+        key: Path,
+        place: Place,
+    ) -> None:
         self.name = name
+        self.arguments = tuple(arguments)
+        self.key = key
+        self.place = place
         self.log = logs / f"{name}.log"
         self.ready: dict[str, Any] = {}
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         with self.log.open("wb") as log:
             self.process = KeptProcess(
-                command,
+                self._command(plan),
                 environment=_environment(plan),
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -145,6 +156,13 @@ class Member:
         self._reader.join()
         return code
 
+    def _command(self, plan: SwarmPlan) -> list[str]:
+        return [
+            *(*self.place.command_prefix, str(plan.program), *self.arguments),
+            *("--identity", str(self.key), "--name", self.name, "--json"),
+            *("--listen", f"/ip4/{self.place.listen_ip}/tcp/0"),
+        ]
+
     def _read(self) -> None:
         stdout = self.process.stdout
         if stdout is not None:
@@ -168,6 +186,7 @@ class LocalSwarm:
         self.nodes: list[Member] = []
         self._members: list[Member] = []
         self._folder: Path | None = None
+        self._restarts = 0
 
     @property
     def seed(self) -> Member:
@@ -220,6 +239,19 @@ class LocalSwarm:
         self.nodes.append(node)
         return node
 
+    def restart(self, node: Member) -> Member:
+        """Start a node again that has ended: same key, blocks and place; wait until it serves.
+
+        The old member leaves :attr:`nodes`. Raises SwarmStartError.
+        """
+        node.stop()
+        self._restarts += 1
+        name = f"{node.name.partition('.')[0]}.{self._restarts}"
+        again = self._start(name, node.arguments, self.logs, node.place, node.key)
+        again.wait_until_ready(time.monotonic() + self.plan.start_deadline_s)
+        self.nodes[self.nodes.index(node)] = again
+        return again
+
     def stop(self, *, keep_logs: bool = False) -> dict[str, int]:
         """End nodes and then the seed; the exit code of each. A second call does nothing."""
         codes: dict[str, int] = {}
@@ -234,15 +266,17 @@ class LocalSwarm:
         return codes
 
     def _start(
-        self, name: str, arguments: Sequence[str], logs: Path, place: Place | None = None
+        self,
+        name: str,
+        arguments: Sequence[str],
+        logs: Path,
+        place: Place | None = None,
+        key: Path | None = None,
     ) -> Member:
         number = len(self._members)
         if place is None:
             place = self.plan.places[number] if number < len(self.plan.places) else LOOPBACK
-        command = [*place.command_prefix, str(self.plan.program), *arguments]
-        command += ["--identity", str(logs / f"{name}.key"), "--name", name, "--json"]
-        command += ["--listen", f"/ip4/{place.listen_ip}/tcp/0"]
-        member = Member(name, command, self.plan, logs)
+        member = Member(name, arguments, self.plan, logs, key or logs / f"{name}.key", place)
         self._members.append(member)
         return member
 

@@ -36,7 +36,8 @@ from scripts.process_keeper import KeptProcess
 
 __all__ = ["Gateway", "Host", "Lab", "LabUnavailable", "Link", "why_unavailable"]
 
-PUBLIC_NETWORK = "10.99"
+PUBLIC_NETWORK = "44.99"
+"""Looks like the internet, so that peers tell their public addresses from those behind a router."""
 INSIDE_NETWORK = "10.{}"  # the gateways count up from 100
 MTU_BYTES = 1500
 MASQUERADE = """

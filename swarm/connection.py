@@ -167,17 +167,39 @@ class Connection:
         )
         await self.send(HelloReply(version=version, software=software_version()))
 
-    async def refuse(self, error: ProtocolError, *, step: int = 0, retry_after_ms: int = 0) -> None:
+    async def refuse(
+        self,
+        error: ProtocolError,
+        *,
+        step: int = 0,
+        retry_after_ms: int = 0,
+        route_version: int = 0,
+    ) -> None:
         """Tell the peer the code and its fixed text; a stream that is already gone is no matter."""
         try:
-            await self.send(error_message(error.code, step=step, retry_after_ms=retry_after_ms))
+            await self.send(
+                error_message(
+                    error.code,
+                    step=step,
+                    retry_after_ms=retry_after_ms,
+                    route_version=route_version,
+                )
+            )
         except NetworkError:
             return
 
 
-def error_message(code: ErrorCode, *, step: int = 0, retry_after_ms: int = 0) -> Error:
-    """The wire form of an error: nothing but a code, a hint and the code's fixed text."""
-    return Error(code=int(code), retry_after_ms=retry_after_ms, text=ERROR_TEXTS[code], step=step)
+def error_message(
+    code: ErrorCode, *, step: int = 0, retry_after_ms: int = 0, route_version: int = 0
+) -> Error:
+    """The wire form of an error: nothing but a code, hints and the code's fixed text."""
+    return Error(
+        code=int(code),
+        retry_after_ms=retry_after_ms,
+        text=ERROR_TEXTS[code],
+        step=step,
+        route_version=route_version,
+    )
 
 
 def remote_error(message: Error, peer: PeerId) -> RemoteError:

@@ -6,6 +6,10 @@ what the nodes see: those that list the model propose to double or halve it, and
 number that most of them name. Reading the first ``n`` shards finds all records that were stored for
 ``n`` shards or fewer, so a change of the number loses nobody.
 
+The larger the swarm, the rarer everybody announces: every 30 s with one shard, every 120 s from 64
+shards on. Between nodes deaths are noticed much earlier (``swarm.buddies``), and how busy a node is
+tells the node itself when it is asked; announcements are for what changes slowly.
+
 A node that leaves overwrites its record with one in state DRAINING that expires right after the one
 before. (It cannot expire earlier: of two entries the directory keeps the one that expires later.)
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -30,13 +35,18 @@ from swarm.protocol.records import (
     ModelIndexRecord,
     NodeRecord,
     NodeState,
+    Record,
+    TombstoneRecord,
     expected_key,
     model_index_key,
     shard_key,
     shard_of,
     sign_record,
+    tombstone_groups,
+    tombstone_key,
 )
-from swarm.record_validation import RecordChecker
+from swarm.record_validation import check_entry
+from swarm.tombstones import accusations, lost_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +60,8 @@ EMPTY_SHARD = 24
 """Fewer: propose half. Far below half of ``CROWDED_SHARD``, so that it does not swing."""
 SHARDS_PER_READ = 4
 EXPIRY_PERIODS = 3
+LONGEST_PERIOD_FACTOR = 4
+"""How much rarer the nodes of the largest swarms announce than those of a swarm of one shard."""
 LEAVE_TIMEOUT_S = 3.0
 SHORTEST_PAUSE_S = 0.25
 """Between two announcements, however often the state changes."""
@@ -81,15 +93,22 @@ class Announcer:
         hidden_size: int,
         announce_period_s: float = 30.0,
     ) -> None:
-        """``record`` needs no valid shards, sequence and expiry: they are filled in here."""
+        """``record`` needs no valid shards, sequence and expiry: they are filled in here.
+
+        ``announce_period_s`` is that of a swarm with one shard.
+        """
+        if not record.started_unix_s:
+            record = replace(record, started_unix_s=int(clock.unix_s()))
         self._identity = identity
         self._directory = directory
         self._clock = clock
         self._reader = RecordReader(directory, clock)
         self._record = record
         self._hidden_size = hidden_size
-        self._period_s = announce_period_s
+        self._shortest_period_s = announce_period_s
         self._shards = 1
+        self._index: list[ModelIndexRecord] = []
+        self._index_read_s = -math.inf
         self._last_sequence = 0
         self._last_expiry_unix_s = 0
         self._changed = asyncio.Event()
@@ -103,13 +122,18 @@ class Announcer:
     def update(self, record: NodeRecord) -> None:
         """Announce this from now on: at once if state or span changed, otherwise with the next."""
         before, self._record = self._record, record
-        if (before.state, before.first_block, before.end_block) != (
-            record.state,
-            record.first_block,
-            record.end_block,
-        ):
-            self._changed.set()
-            self._up_to_date.clear()
+        if _urgent(before) != _urgent(record):
+            self.announce_now()
+
+    def announce_now(self) -> None:
+        """Do not wait for the end of the period."""
+        self._changed.set()
+        self._up_to_date.clear()
+
+    @property
+    def period_s(self) -> float:
+        """Between two announcements, as the swarm is now."""
+        return announce_period_s(self._shortest_period_s, self._shards)
 
     async def announced(self) -> None:
         """Wait until the directory has taken the latest state and span; ``run`` must be running."""
@@ -126,7 +150,7 @@ class Announcer:
                 taken = False
             if taken and not self._changed.is_set():
                 self._up_to_date.set()
-            pause_s = self._period_s if taken else min(self._period_s, RETRY_S)
+            pause_s = self.period_s if taken else min(self.period_s, RETRY_S)
             await self._clock.sleep(min(SHORTEST_PAUSE_S, pause_s))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s - SHORTEST_PAUSE_S):
@@ -140,10 +164,15 @@ class Announcer:
                 await self._store_node(self._last_expiry_unix_s + 1)
 
     async def _announce(self) -> bool:
-        index = await self._reader.index(self._record.model_revision)
-        if index:
-            self._shards = agreed_shards(index)
-        expires_unix_s = int(self._clock.unix_s() + EXPIRY_PERIODS * self._period_s)
+        now_s = self._clock.monotonic_s()
+        if self._shards == 1 or now_s - self._index_read_s >= EXPIRY_PERIODS * self.period_s:
+            revision = self._record.model_revision
+            self._index = await self._reader.index(revision, complete=False)
+            self._index_read_s = now_s
+            if self._index:
+                self._shards = agreed_shards(self._index)
+        index = self._index
+        expires_unix_s = int(self._clock.unix_s() + EXPIRY_PERIODS * self.period_s)
         taken = await self._store_node(expires_unix_s)
         # The order decides who goes on when too many began at the same time.
         before_us = sum(1 for record in index if record.peer_id < self._identity.peer_id)
@@ -174,7 +203,7 @@ class Announcer:
         # Right after a change of the number, records of other shards still lie in the lower ones.
         neighbours = sum(
             shard_of(record.peer_id, self._shards) == own_shard
-            for record in await self._reader.read(key)
+            for record in await self._reader.read(key, complete=False)
         )
         record = ModelIndexRecord(
             peer_id=self._identity.peer_id,
@@ -197,20 +226,20 @@ class Announcer:
 
 # --- reading -------------------------------------------------------------------------------------
 class RecordReader:
-    """Opens what a directory returns; a record that it has seen before costs no signature."""
+    """Opens what a directory returns; a record that was seen before costs no signature."""
 
     def __init__(self, directory: Directory, clock: Clock) -> None:
         self._directory = directory
         self._clock = clock
-        self._checker = RecordChecker()
 
-    async def read(self, key: str) -> list[NodeRecord | ModelIndexRecord]:
-        """All valid records under ``key``."""
+    async def read(self, key: str, *, complete: bool = True) -> list[Record]:
+        """All valid records under ``key``; ``complete`` as in ``ports.Directory``."""
         records = []
+        entries = await self._directory.get(key, complete=complete)
         now_unix_s = self._clock.unix_s()
-        for peer_id, entry in (await self._directory.get(key)).items():
+        for peer_id, entry in entries.items():
             try:
-                record = self._checker.check(
+                _, record = check_entry(
                     lambda expected: expected == key,
                     peer_id,
                     entry.value,
@@ -223,11 +252,13 @@ class RecordReader:
                 records.append(record)
         return records
 
-    async def index(self, model_revision: bytes | None = None) -> list[ModelIndexRecord]:
+    async def index(
+        self, model_revision: bytes | None = None, *, complete: bool = True
+    ) -> list[ModelIndexRecord]:
         """The list of models, or those of its records that list one model."""
         return [
             record
-            for record in await self.read(model_index_key())
+            for record in await self.read(model_index_key(), complete=complete)
             if isinstance(record, ModelIndexRecord)
             and model_revision in (None, record.model_revision)
         ]
@@ -258,25 +289,37 @@ async def read_nodes(
 ) -> list[NodeRecord]:
     """The nodes of a model: all of them in a small swarm, those of random shards in a large one.
 
-    In every state: who routes keeps the ONLINE ones. Ordered by peer id.
+    In every state: who routes keeps those that take sessions. Without those that others have lost.
+    Ordered by peer id.
     """
     reader = RecordReader(directory, clock)
-    shards: Sequence[int] = range(agreed_shards(await reader.index(model_revision)))
+    number_of_shards = agreed_shards(await reader.index(model_revision))
+    shards: Sequence[int] = range(number_of_shards)
     if len(shards) > maximum_shards:
         shards = (dice or random.Random()).sample(shards, maximum_shards)  # noqa: S311
-    reads = await asyncio.gather(
-        *(reader.read(shard_key(model_revision, shard)) for shard in shards)
-    )
+    groups = tombstone_groups(number_of_shards)
+    keys = [shard_key(model_revision, shard) for shard in shards]
+    keys += [tombstone_key(model_revision, group) for group in {shard % groups for shard in shards}]
+    reads = await asyncio.gather(*(reader.read(key) for key in keys))
     newest: dict[PeerId, NodeRecord] = {}
+    testimonies = []
     for record in (record for read in reads for record in read):
         if isinstance(record, NodeRecord):
             known = newest.get(record.peer_id)
             if known is None or known.sequence < record.sequence:
                 newest[record.peer_id] = record
-    return [newest[peer_id] for peer_id in sorted(newest)]
+        elif isinstance(record, TombstoneRecord):
+            testimonies.append(record)
+    lost = lost_nodes(accusations(testimonies, newest), newest)
+    return [newest[peer_id] for peer_id in sorted(newest) if peer_id not in lost]
 
 
 # --- pure choices --------------------------------------------------------------------------------
+def announce_period_s(shortest_s: float, shards: int) -> float:
+    """``shortest_s`` with one shard, half of it more with each doubling, at most four times it."""
+    return shortest_s * min(1 + math.log2(max(shards, 1)) / 2, LONGEST_PERIOD_FACTOR)
+
+
 def agreed_shards(index: Collection[ModelIndexRecord]) -> int:
     """The number of shards that most records of one model name; 1 without any."""
     powers_of_two = [record.shards for record in index if record.shards.bit_count() == 1]
@@ -295,7 +338,7 @@ def proposed_shards(shards: int, records_in_own_shard: int) -> int:
 def coverage(
     records: Iterable[NodeRecord],
     number_of_blocks: int,
-    states: Collection[NodeState] = (NodeState.ONLINE,),
+    states: Collection[NodeState] = (NodeState.ONLINE, NodeState.MOVING),
 ) -> list[int]:
     """How many nodes in one of ``states`` host each block ``[number_of_blocks]``."""
     replicas = [0] * number_of_blocks
@@ -304,6 +347,11 @@ def coverage(
             for block in range(record.first_block, record.end_block):
                 replicas[block] += 1
     return replicas
+
+
+def _urgent(record: NodeRecord) -> tuple[NodeState, tuple[int, int], tuple[int, int]]:
+    """What others must learn at once."""
+    return record.state, (record.first_block, record.end_block), record.placed_span
 
 
 def _most_common(values: Iterable[T]) -> T:

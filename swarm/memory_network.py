@@ -18,9 +18,11 @@ import hashlib
 import logging
 import math
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import islice
 
 from swarm.ports import Buffer, Clock, DirectoryEntry, StreamHandler
 from swarm.protocol.errors import NetworkError, PeerUnreachable, RecordError
@@ -30,6 +32,13 @@ from swarm.virtual_time import LoopClock
 
 logger = logging.getLogger(__name__)
 
+DIRECTORY_REQUEST_BYTES = 200
+DIRECTORY_ANSWER_BYTES = 1200
+"""An answer without entries: it names the 20 peers nearest to the key."""
+QUICK_READS = 8
+"""So many peers are asked for a key that nobody keeps when one answer is enough."""
+LOOKUP_ROUNDS = 4
+"""So many peers point the way before the first one that keeps the key is met."""
 PACKET_BYTES = 64 * 1024
 """Streams are cut into packets of at most this size; a link sends them first come, first served."""
 
@@ -76,9 +85,10 @@ class MemoryNetwork:
     ) -> None:
         self.settings = settings
         self.clock: Clock = clock or LoopClock()
-        self._seed = seed
+        self.seed = seed
         self._on_event = on_event
         self._peers: dict[PeerId, MemoryPeer] = {}
+        self._nearest: dict[str, list[tuple[int, int, MemoryPeer]]] = {}
         self._joined = 0
         self._settings_of_link: dict[tuple[PeerId, PeerId], LinkSettings] = {}
         self._links: dict[tuple[PeerId, PeerId], _Link] = {}
@@ -91,6 +101,8 @@ class MemoryNetwork:
         peer = MemoryPeer(self, identity.peer_id, self._joined)
         self._joined += 1
         self._peers[peer.peer_id] = peer
+        for key, nearest in self._nearest.items():
+            insort(nearest, (peer.place ^ _place(key), peer.index, peer))
         return peer
 
     def set_link(self, one: PeerId, other: PeerId, settings: LinkSettings) -> None:
@@ -120,6 +132,8 @@ class MemoryNetwork:
     def crash(self, peer_id: PeerId) -> None:
         """End a peer as by power failure: its handlers, streams and directory entries are gone."""
         peer = self._peers.pop(peer_id)
+        for key, nearest in self._nearest.items():
+            del nearest[bisect_left(nearest, (peer.place ^ _place(key), peer.index, peer))]
         self.record(f"crash {peer.index}")
         peer.stop()
 
@@ -141,7 +155,7 @@ class MemoryNetwork:
             self._links[pair] = _Link(
                 partial(self.is_cut, *pair),
                 self._settings_of_link.get(pair, self.settings.link),
-                random.Random(f"{self._seed}/{source.index}/{target.index}"),  # noqa: S311
+                random.Random(f"{self.seed}/{source.index}/{target.index}"),  # noqa: S311
             )
         return self._links[pair]
 
@@ -151,15 +165,37 @@ class MemoryNetwork:
             return 0.0
         return self.link(one, other).delay_s(0) + self.link(other, one).delay_s(0)
 
-    def nearest(self, key: str, asking: MemoryPeer) -> list[MemoryPeer]:
+    def question_s(self, one: MemoryPeer, other: MemoryPeer) -> float:
+        """The same for the directory, whose peers ask too many others to keep a link for each."""
+        if one is other:
+            return 0.0
+        delay_s = 0.0
+        for pair in ((one.peer_id, other.peer_id), (other.peer_id, one.peer_id)):
+            settings = self._settings_of_link.get(pair, self.settings.link)
+            delay_s += settings.latency_s + settings.jitter_s * one.dice.random()
+            while settings.loss and one.dice.random() < settings.loss:
+                delay_s += settings.retransmit_s
+        return delay_s
+
+    def nearest(self, key: str, asking: MemoryPeer) -> Iterator[MemoryPeer]:
         """The peers that ``asking`` can reach, those nearest to ``key`` first."""
-        place = _place(key)
-        reachable = (
-            peer for peer in self._peers.values() if not self.is_cut(asking.peer_id, peer.peer_id)
+        nearest = self._nearest.get(key)
+        if nearest is None:
+            if len(self._nearest) >= MAX_KEYS:
+                self._nearest.clear()
+            place = _place(key)
+            nearest = sorted(
+                (peer.place ^ place, peer.index, peer) for peer in self._peers.values()
+            )
+            self._nearest[key] = nearest
+        return (
+            peer
+            for _, _, peer in nearest
+            if not self._cuts or not self.is_cut(asking.peer_id, peer.peer_id)
         )
-        return sorted(reachable, key=lambda peer: peer.place ^ place)
 
 
+@lru_cache(maxsize=2 * MAX_KEYS)
 def _place(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest())
 
@@ -358,6 +394,9 @@ class MemoryPeer:
         self.index = index
         self.place = _place(peer_id)
         self.checker = RecordChecker()
+        self.dice = random.Random(f"{network.seed}/{index}")  # noqa: S311
+        self.directory_bytes_sent = 0
+        self.directory_bytes_received = 0
         self.entries: dict[str, dict[PeerId, DirectoryEntry]] = {}
         self._network = network
         self._peer_id = peer_id
@@ -399,26 +438,52 @@ class MemoryPeer:
     async def store(self, key: str, value: bytes, expires_unix_s: float) -> bool:
         network = self._network
         entry = DirectoryEntry(value, expires_unix_s)
-        nearest = network.nearest(key, self) if self._alive else []
-        replicas = nearest[: network.settings.directory_replicas]
+        asked = self._nearest(key, network.settings.directory_reads)
+        for peer in asked:
+            self._count(peer, DIRECTORY_REQUEST_BYTES, DIRECTORY_ANSWER_BYTES)
+        replicas = asked[: network.settings.directory_replicas]
+        for replica in replicas:
+            self._count(replica, DIRECTORY_REQUEST_BYTES + len(value), 0)
         await self._ask(replicas)
         network.record(f"store {self.index}")
         return any([replica.keep(key, self._peer_id, entry) for replica in replicas])  # noqa: C419
 
-    async def get(self, key: str) -> Mapping[PeerId, DirectoryEntry]:
+    async def get(self, key: str, *, complete: bool = True) -> Mapping[PeerId, DirectoryEntry]:
         network = self._network
-        nearest = network.nearest(key, self) if self._alive else []
-        replicas = nearest[: network.settings.directory_reads]
-        await self._ask(replicas)
+        asked = self._nearest(key, network.settings.directory_reads)
+        if not complete:
+            asked = self._first_holder(key, asked)
+        await self._ask(asked)
         network.record(f"get {self.index}")
         found: dict[PeerId, DirectoryEntry] = {}
-        for replica in replicas:
-            for peer, entry in replica.entries.get(key, {}).items():
+        for replica in asked:
+            entries = replica.live_entries(key)
+            size_bytes = sum(len(entry.value) for entry in entries.values())
+            self._count(replica, DIRECTORY_REQUEST_BYTES, DIRECTORY_ANSWER_BYTES + size_bytes)
+            for peer, entry in entries.items():
                 best = found.get(peer)
                 newer = best is None or entry.expires_unix_s > best.expires_unix_s
                 if newer and self._is_valid(key, peer, entry):
                     found[peer] = entry
         return found
+
+    def _nearest(self, key: str, count: int) -> list[MemoryPeer]:
+        return list(islice(self._network.nearest(key, self), count)) if self._alive else []
+
+    def _first_holder(self, key: str, nearest: list[MemoryPeer]) -> list[MemoryPeer]:
+        """Those who are asked until somebody keeps the key; we may keep it ourselves."""
+        if self.live_entries(key):
+            return [self]
+        holders = [peer for peer in nearest if peer.live_entries(key)]
+        guides = [peer for peer in reversed(nearest) if peer not in holders]
+        return [*guides[: LOOKUP_ROUNDS - 1], holders[0]] if holders else nearest[:QUICK_READS]
+
+    def _count(self, other: MemoryPeer, sent_bytes: int, received_bytes: int) -> None:
+        if other is not self:
+            self.directory_bytes_sent += sent_bytes
+            other.directory_bytes_received += sent_bytes
+            self.directory_bytes_received += received_bytes
+            other.directory_bytes_sent += received_bytes
 
     def keep(self, key: str, peer: PeerId, entry: DirectoryEntry) -> bool:
         """Asked to keep an entry of ``peer``: False when it is not valid or not newer."""
@@ -426,6 +491,7 @@ class MemoryPeer:
             key not in self.entries and len(self.entries) >= MAX_KEYS
         ):
             return False
+        self.live_entries(key)
         entries = self.entries.setdefault(key, {})
         known = entries.get(peer)
         if known is None and len(entries) >= MAX_ENTRIES_PER_KEY:
@@ -434,6 +500,23 @@ class MemoryPeer:
             return known == entry
         entries[peer] = entry
         return True
+
+    def live_entries(self, key: str) -> dict[PeerId, DirectoryEntry]:
+        """What is kept under ``key``; what has expired is dropped."""
+        entries = self.entries.get(key, {})
+        now_unix_s = self._network.clock.unix_s()
+        if (
+            min((entry.expires_unix_s for entry in entries.values()), default=math.inf)
+            <= now_unix_s
+        ):
+            entries = {
+                peer: entry for peer, entry in entries.items() if entry.expires_unix_s > now_unix_s
+            }
+            if entries:
+                self.entries[key] = entries
+            else:
+                del self.entries[key]
+        return entries
 
     async def close(self) -> None:
         """Leave: like a crash, but waits until the handlers have ended."""
@@ -471,7 +554,7 @@ class MemoryPeer:
 
     async def _ask(self, replicas: Sequence[MemoryPeer]) -> None:
         """Wait as long as the slowest of them takes to answer."""
-        round_trips_s = [self._network.round_trip_s(self, replica) for replica in replicas]
+        round_trips_s = [self._network.question_s(self, replica) for replica in replicas]
         await self._network.clock.sleep(max(round_trips_s, default=0.0))
 
     def _is_valid(self, key: str, peer: PeerId, entry: DirectoryEntry) -> bool:

@@ -69,8 +69,12 @@ class Directory(Protocol):
     async def store(self, key: str, value: bytes, expires_unix_s: float) -> bool:
         """Store our own entry (the subkey is our peer id). False when no peer took it."""
 
-    async def get(self, key: str) -> Mapping[PeerId, DirectoryEntry]:
-        """The latest entries under ``key`` that passed validation; empty when there are none."""
+    async def get(self, key: str, *, complete: bool = True) -> Mapping[PeerId, DirectoryEntry]:
+        """The latest entries under ``key`` that passed validation; empty when there are none.
+
+        ``complete=False`` takes the word of the first peer that keeps the key, where otherwise all
+        of them are asked: a fraction of the traffic, and some entries may be missing or older.
+        """
 
 
 class Clock(Protocol):

@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from swarm.protocol.errors import RecordError
 from swarm.protocol.identity import PeerId
 from swarm.protocol.records import (
     MAX_RECORD_BYTES,
-    ModelIndexRecord,
-    NodeRecord,
+    Record,
+    check_lifetime,
     expected_key,
-    open_record,
+    verify_record,
 )
 
 MAX_ENTRIES_PER_KEY = 512
@@ -30,23 +31,48 @@ MAX_KEYS_PER_PEER = 64
 MAX_KNOWN_RECORDS = 16384
 
 
+def check_entry(
+    is_stored_under: Callable[[str], bool],
+    subkey: PeerId,
+    value: bytes,
+    expires_unix_s: float,
+    *,
+    now_unix_s: float,
+) -> tuple[str, Record]:
+    """Key and record of a directory entry, or RecordError (and nothing else) when it is not valid.
+
+    ``is_stored_under`` tells whether a key is the one of the entry; some networks know only its
+    hash. Entries that were seen before cost no signature, whoever in this process saw them.
+    """
+    if len(value) > MAX_RECORD_BYTES:
+        raise RecordError("too large")
+    record = _verified(value, subkey)
+    check_lifetime(record, now_unix_s)
+    if expires_unix_s != record.expires_unix_s:
+        raise RecordError("the entry's expiry is not the signed one")
+    key = expected_key(record)
+    if not is_stored_under(key):
+        raise RecordError("stored under a wrong key")
+    return key, record
+
+
+@lru_cache(maxsize=MAX_KNOWN_RECORDS)
+def _verified(value: bytes, subkey: PeerId) -> Record:
+    return verify_record(value, subkey)
+
+
 @dataclass(frozen=True, slots=True)
 class _Known:
     value: bytes
-    record: NodeRecord | ModelIndexRecord
+    record: Record
 
 
 class RecordChecker:
-    """Checks entries one after the other and remembers the newest record of each peer and key.
-
-    What it has seen before is not verified again, so that reading a shard costs signatures only for
-    records that changed.
-    """
+    """Checks entries one after the other and remembers the newest record of each peer and key."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[PeerId, str], _Known] = OrderedDict()
         self._keys_of_peer: Counter[PeerId] = Counter()
-        self._key_of_value: dict[tuple[PeerId, bytes], str] = {}
 
     def check(
         self,
@@ -56,34 +82,12 @@ class RecordChecker:
         expires_unix_s: float,
         *,
         now_unix_s: float,
-    ) -> NodeRecord | ModelIndexRecord:
-        """The record in ``value``, or RecordError (and nothing else) when it must be dropped.
-
-        ``is_stored_under`` tells whether a key is the one of the entry; some networks know only
-        its hash.
-        """
-        if len(value) > MAX_RECORD_BYTES:
-            raise RecordError("too large")
-        record = self._seen(subkey, value, now_unix_s)
-        if record is None:
-            record = open_record(value, now_unix_s=now_unix_s, expected_peer=subkey)
-        if expires_unix_s != record.expires_unix_s:
-            raise RecordError("the entry's expiry is not the signed one")
-        key = expected_key(record)
-        if not is_stored_under(key):
-            raise RecordError("stored under a wrong key")
+    ) -> Record:
+        """As :func:`check_entry`, but of one peer's records under a key only newer ones pass."""
+        key, record = check_entry(
+            is_stored_under, subkey, value, expires_unix_s, now_unix_s=now_unix_s
+        )
         self._remember(subkey, key, value, record, now_unix_s)
-        return record
-
-    def _seen(
-        self, peer: PeerId, value: bytes, now_unix_s: float
-    ) -> NodeRecord | ModelIndexRecord | None:
-        key = self._key_of_value.get((peer, value))
-        if key is None:
-            return None
-        record = self._known[peer, key].record
-        if record.expires_unix_s <= now_unix_s:
-            raise RecordError("expired")
         return record
 
     def _remember(
@@ -91,7 +95,7 @@ class RecordChecker:
         peer: PeerId,
         key: str,
         value: bytes,
-        record: NodeRecord | ModelIndexRecord,
+        record: Record,
         now_unix_s: float,
     ) -> None:
         known = self._known.get((peer, key))
@@ -108,7 +112,6 @@ class RecordChecker:
         if len(self._known) >= MAX_KNOWN_RECORDS:
             self._forget(*next(iter(self._known)))
         self._known[peer, key] = _Known(value, record)
-        self._key_of_value[peer, value] = key
         self._keys_of_peer[peer] += 1
 
     def _forget_expired(self, now_unix_s: float) -> None:
@@ -119,8 +122,7 @@ class RecordChecker:
             self._forget(peer, key)
 
     def _forget(self, peer: PeerId, key: str) -> None:
-        known = self._known.pop((peer, key))
-        del self._key_of_value[peer, known.value]
+        del self._known[peer, key]
         self._keys_of_peer[peer] -= 1
         if not self._keys_of_peer[peer]:
             del self._keys_of_peer[peer]

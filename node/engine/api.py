@@ -123,10 +123,12 @@ class Engine(Protocol):
         out, are not finite or beyond the model's limit.
         """
 
-    def cut_region(self, cache: SessionCache, region: CacheRegion) -> Sequence[CacheRegion]:
-        """``region`` in pieces that are quickly copied and fit into one message each.
+    def pieces(
+        self, cache: SessionCache, first_position: int, end_position: int
+    ) -> Sequence[CacheRegion]:
+        """These positions of all the cache's blocks, in pieces for :meth:`export_region`.
 
-        A piece holds all rows. The pieces of one region never overlap and are in a fixed order.
+        Each is quickly copied and fits into one message. They never overlap.
         """
 
     async def export_state(self, cache: SessionCache) -> CacheState:

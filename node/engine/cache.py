@@ -83,6 +83,7 @@ class SpanCache:
         self.padding = request.left_padding or (0,) * request.rows
         self.has_padding = any(self.padding)
         self._budget = budget
+        self._position_bytes = request.rows * shape.bytes_per_block_token
         blocks = request.end_block - request.first_block
         self._reserved_bytes = budget.admit(request.rows, request.maximum_tokens, blocks)
         size = (blocks, request.rows, 2, shape.kv_heads, request.maximum_tokens, shape.head_dim)
@@ -103,22 +104,21 @@ class SpanCache:
     def state(self) -> CacheState:
         return CacheState(self.length, tuple(self.padding))
 
-    def cut(self, region: CacheRegion) -> list[CacheRegion]:
+    def pieces(self, first_position: int, end_position: int) -> list[CacheRegion]:
         """Pieces of at most ``PIECE_BYTES``: several blocks each if possible, else positions."""
-        _, rows, two, kv_heads, _, head_dim = self.key_values.shape
-        position_bytes = rows * two * kv_heads * head_dim * self.key_values.element_size()
-        positions = region.end_position - region.first_position
-        blocks_each = max(1, PIECE_BYTES // max(1, positions * position_bytes))
+        request, position_bytes = self.request, self._position_bytes
+        positions = max(1, end_position - first_position)
+        blocks_each = max(1, PIECE_BYTES // (positions * position_bytes))
         positions_each = max(1, PIECE_BYTES // position_bytes)
         return [
             CacheRegion(
                 block,
-                min(block + blocks_each, region.end_block),
+                min(block + blocks_each, request.end_block),
                 position,
-                min(position + positions_each, region.end_position),
+                min(position + positions_each, end_position),
             )
-            for block in range(region.first_block, region.end_block, blocks_each)
-            for position in range(region.first_position, region.end_position, positions_each)
+            for block in range(request.first_block, request.end_block, blocks_each)
+            for position in range(first_position, end_position, positions_each)
         ]
 
     def read(self, region: CacheRegion) -> WireTensor:

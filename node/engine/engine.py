@@ -168,8 +168,10 @@ class SpanEngine:
         self._check(own, step)
         return await self._worker.run(own, step)
 
-    def cut_region(self, cache: SessionCache, region: CacheRegion) -> Sequence[CacheRegion]:
-        return _own(cache).cut(region)
+    def pieces(
+        self, cache: SessionCache, first_position: int, end_position: int
+    ) -> Sequence[CacheRegion]:
+        return _own(cache).pieces(first_position, end_position)
 
     async def export_state(self, cache: SessionCache) -> CacheState:
         own = _own(cache)

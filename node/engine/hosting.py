@@ -16,6 +16,7 @@ from swarm.compute.devices import choose_device, choose_dtype, dtype_name
 from swarm.node.config import BlockSpan, NodeSettings
 from swarm.node.engine import capacity
 from swarm.node.engine.engine import SpanEngine, load_engine_blocking
+from swarm.node.engine.lean_imports import run_lean
 from swarm.node.engine.span_loader import Progress
 from swarm.protocol.errors import CapacityError, ConfigError
 from swarm.protocol.tensors import DType
@@ -96,14 +97,16 @@ def load_blocks(
     cache_bytes = None
     if settings.memory_bytes is not None:
         cache_bytes = model.usable_bytes - model.weight_bytes(span)
-    return load_engine_blocking(
-        model.checkpoint,
-        span.first_block,
-        span.end_block,
-        device=str(model.device),
-        dtype=dtype_name(model.dtype),
-        cache_bytes=cache_bytes,
-        cache_tokens=settings.cache_tokens,
-        threads=settings.threads,
-        progress=progress,
+    return run_lean(
+        lambda: load_engine_blocking(
+            model.checkpoint,
+            span.first_block,
+            span.end_block,
+            device=str(model.device),
+            dtype=dtype_name(model.dtype),
+            cache_bytes=cache_bytes,
+            cache_tokens=settings.cache_tokens,
+            threads=settings.threads,
+            progress=progress,
+        )
     )

@@ -229,9 +229,7 @@ class Worker:
                     self._run_call(self._calls.popleft())
                 if not self._waiting:
                     self._give_back_memory()
-                    self._changed.wait_for(
-                        lambda: self._waiting or self._calls or self._stopping
-                    )
+                    self._changed.wait_for(lambda: self._waiting or self._calls or self._stopping)
                     if not self._waiting:
                         continue
                     self._gather()
@@ -265,13 +263,13 @@ class Worker:
             result, error = None, raised
         finally:
             self._changed.acquire()
-        assert self._loop is not None  # noqa: S101 (the thread is started with it)
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._call_ended, call, result, error)
+        with contextlib.suppress(RuntimeError):  # the loop may be closed, as after a batch
+            call.future.get_loop().call_soon_threadsafe(self._call_ended, call, result, error)
 
     def _call_ended(self, call: _Call, result: Any, error: Exception | None) -> None:
         """On the event loop: wake who waits, and free the cache if it was closed meanwhile."""
-        call.cache.steps_running -= 1
+        with self._changed:
+            call.cache.steps_running -= 1
         call.cache.release_if_idle()
         if call.future.done():
             return

@@ -1,22 +1,27 @@
-"""The p2pd process: how it is started, asked and stopped without leaving anything behind."""
+"""The p2pd process: how it is started and stopped without leaving anything behind."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hivemind.p2p import P2P, P2PDaemonError
-from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe, write_pbmsg
-from hivemind.proto import p2pd_pb2
 
-from swarm.protocol.errors import NetworkError, PeerUnreachable
+from swarm.protocol.errors import NetworkError
 
 STOP_TIMEOUT_S = 5.0
+RELAY_LIMITS = {
+    "relayMaxReservations": 1024,
+    "relayMaxCircuits": 256,  # of one peer that is relayed for
+    "relayBufferSize": 256 * 1024,  # of one direction of a circuit; by default 16 MiB
+    "relayTimeLimit": "12h",
+    "relayDataLimit": 1 << 40,
+}
+"""How much a relay does for others, in p2pd's words."""
 OWN_SESSION = """
 import ctypes, os, signal, sys
 os.setsid()
@@ -39,21 +44,28 @@ class NetworkSettings:
     announce_addresses: tuple[str, ...] = ()
     """What others are told to dial, where it differs from what we listen on."""
     serve_directory: bool = True
-    """Keep and serve directory records of others. False for short-lived clients."""
-    use_relay: bool = True
-    use_auto_relay: bool = False
-    """Look for a relay when behind NAT."""
-    trusted_relays: tuple[str, ...] = ()
-    reachability: Literal["detect", "public", "private"] = "detect"
-    """``public`` for relays and seeds with an open port; otherwise libp2p finds out."""
+    """Keep and serve directory records of others. False for short-lived clients; peers behind a
+    router do not either, since few could ask them."""
+    relay_for_others: bool = False
+    """For seeds and others with an open port: pass on streams of peers behind routers."""
+    use_relays: bool = False
+    """When nobody can dial us, take places at relays, and let hole punching do the rest."""
+    relays: tuple[str, ...] = ()
+    """Relays to ask first, as multiaddresses ending in ``/p2p/...``; by default those of
+    ``initial_peers``."""
     map_ports: bool = False
     """Ask the router (UPnP, NAT-PMP) to open the port."""
     start_timeout_s: float = 15.0
     dial_timeout_s: float = 10.0
 
 
-async def start_daemon(identity_path: Path, settings: NetworkSettings) -> P2P:
+async def start_daemon(
+    identity_path: Path, settings: NetworkSettings, *, behind_router: bool = False
+) -> P2P:
+    """Raises NetworkError when it does not start."""
     started: list[P2P] = []
+    relay_limits = [f"-{name}={value}" for name, value in RELAY_LIMITS.items()]
+    reachability = "public" if settings.relay_for_others else "private" if behind_router else None
 
     class Daemon(P2P):  # type: ignore[misc]
         """``P2P.create`` forgets its child process when it fails or is cancelled; this does not."""
@@ -66,7 +78,7 @@ async def start_daemon(identity_path: Path, settings: NetworkSettings) -> P2P:
         @staticmethod
         def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
             command: list[str] = P2P._make_process_args(*arguments, **options)  # noqa: SLF001
-            return [sys.executable, "-I", "-S", "-c", OWN_SESSION, *command]
+            return [sys.executable, "-I", "-S", "-c", OWN_SESSION, *command, *relay_limits]
 
     try:
         return await Daemon.create(
@@ -74,11 +86,10 @@ async def start_daemon(identity_path: Path, settings: NetworkSettings) -> P2P:
             check_if_identity_free=False,
             host_maddrs=list(settings.listen_addresses),
             announce_maddrs=list(settings.announce_addresses) or None,
-            dht_mode="server" if settings.serve_directory else "client",
-            use_relay=settings.use_relay,
-            use_auto_relay=settings.use_auto_relay,
-            trusted_relays=list(settings.trusted_relays) or None,
-            force_reachability=None if settings.reachability == "detect" else settings.reachability,
+            dht_mode="server" if settings.serve_directory and not behind_router else "client",
+            # Relays that are not sure that they can be reached break circuits after 128 KiB; peers
+            # that do not know that they cannot be reached do not punch holes.
+            force_reachability=reachability,
             nat_port_map=settings.map_ports,
             startup_timeout=settings.start_timeout_s,
         )
@@ -116,35 +127,3 @@ async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
         task.cancel()
     if pending:
         await asyncio.wait(pending)
-
-
-@contextlib.asynccontextmanager
-async def daemon_request(
-    p2p: P2P, request: p2pd_pb2.Request
-) -> AsyncIterator[tuple[p2pd_pb2.Response, asyncio.StreamReader, asyncio.StreamWriter]]:
-    """One request on a socket of its own; hivemind's own calls leak it when they fail."""
-    writer = None
-    try:
-        connector = p2p._client.control.daemon_connector  # noqa: SLF001
-        reader, writer = await connector.open_connection()
-        await write_pbmsg(writer, request)
-        response = p2pd_pb2.Response()
-        await read_pbmsg_safe(reader, response)
-        if response.type == p2pd_pb2.Response.ERROR:
-            raise PeerUnreachable(_one_line(response.error.msg))
-        yield response, reader, writer
-    except (OSError, EOFError) as error:
-        _abort(writer)
-        raise PeerUnreachable(f"the network daemon does not answer: {error}") from error
-    except BaseException:
-        _abort(writer)
-        raise
-
-
-def _abort(writer: asyncio.StreamWriter | None) -> None:
-    if writer is not None:
-        writer.transport.abort()
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]

@@ -1,106 +1,187 @@
-"""One peer: ``Transport`` and ``Directory`` on one daemon, and how it joins the swarm."""
+"""One peer: ``Transport`` and ``Directory`` on one daemon, and how it joins the swarm.
+
+The daemon is a process of its own and may die. It is started again then, with the same identity and
+ports; streams that ran through it have ended, handlers and directory entries are kept.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import hivemind.dht.node as hivemind_node
-from hivemind.dht.node import DHTNode
 from hivemind.dht.protocol import ValidationError
-from hivemind.p2p import P2P, P2PDaemonError, PeerID
+from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
-from hivemind.proto import p2pd_pb2
-from hivemind.utils.logging import use_hivemind_log_handler
-from hivemind.utils.multiaddr import Multiaddr
 
-from swarm.hivemind_network.daemon import (
-    NetworkSettings,
-    cancel_all,
-    daemon_request,
-    start_daemon,
-    stop_daemon,
+from swarm.addresses import is_global, is_loopback, is_relayed
+from swarm.hivemind_network.daemon import NetworkSettings, cancel_all
+from swarm.hivemind_network.listening import with_ports, with_quic, with_quic_of_others
+from swarm.hivemind_network.peer import LocalPeer
+from swarm.hivemind_network.reachability import DialBack, ask_to_dial_back, is_behind_router
+from swarm.hivemind_network.relays import RelayKeeper
+from swarm.hivemind_network.requests import (
+    connect,
+    list_connections,
+    open_stream,
+    own_addresses,
+    parse_peer,
 )
-from swarm.hivemind_network.directory import SignedRecords, SwarmDirectory, directory_id
 from swarm.hivemind_network.streams import HivemindStream
 from swarm.ports import DirectoryEntry, StreamHandler
 from swarm.protocol.errors import NetworkError, PeerUnreachable
 from swarm.protocol.identity import PeerId
-from swarm.record_validation import RecordChecker
 
 logger = logging.getLogger(__name__)
 
-RPC_TIMEOUT_S = 3.0
+RESTARTS = 5
+RESTART_WINDOW_S = 600.0
+"""A daemon that dies more often than this in this time is given up."""
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 5.0
+ADDRESS_CHECK_S = 5.0
+FIRST_RELAY_TIMEOUT_S = 5.0
+DIAL_BACK_TIMEOUT_S = 20.0
+QUICK_BEAM = 4
+"""So many of the nearest peers are followed when a read need not be complete."""
 
 
 class HivemindNetwork:
     """``Transport`` and ``Directory`` of one peer, from ``create`` to ``close``."""
 
-    def __init__(self, p2p: P2P, node: DHTNode, settings: NetworkSettings) -> None:
-        self._p2p = p2p
-        self._node = node
+    def __init__(
+        self, local: LocalPeer, identity_path: Path, settings: NetworkSettings, behind_router: bool
+    ) -> None:
+        self._local = local
+        self._identity_path = identity_path
         self._settings = settings
-        self._peer_id = PeerId(p2p.peer_id.to_base58())
+        self._behind_router = behind_router
+        self._peer_id = PeerId(local.p2p.peer_id.to_base58())
+        self._handlers: dict[str, StreamHandler] = {}
         self._handler_tasks: set[asyncio.Task[Any]] = set()
+        self._own_tasks: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._given_up = asyncio.Event()
+        self._addresses_changed = asyncio.Event()
+        self._relays: RelayKeeper | None = None
+        if settings.use_relays and behind_router:
+            known = settings.relays or settings.initial_peers
+            self._relays = RelayKeeper(known, lambda: self._p2p, self._addresses_changed.set)
 
     @classmethod
-    async def create(
-        cls,
-        identity_path: Path,
-        settings: NetworkSettings,
-    ) -> HivemindNetwork:
+    async def create(cls, identity_path: Path, settings: NetworkSettings) -> HivemindNetwork:
         """Start the daemon with the identity of ``identity_path`` and join the swarm.
 
-        Raises NetworkError when the daemon does not start or no initial peer answers.
+        Behind a router it takes a place at a relay first, if there is one. Raises NetworkError when
+        the daemon does not start or no initial peer answers.
         """
-        use_hivemind_log_handler("nowhere")
-        hivemind_node.DHTProtocol = SwarmDirectory  # hivemind has no parameter for it
-        p2p = await start_daemon(identity_path, settings)
+        listen = with_quic(settings.listen_addresses)
+        settings = replace(settings, listen_addresses=listen)
+        behind_router = not (
+            settings.relay_for_others or settings.announce_addresses
+        ) and is_behind_router(listen, settings.initial_peers)
+        local = await LocalPeer.start(identity_path, settings, behind_router=behind_router)
+        network = cls(local, identity_path, settings, behind_router)
         try:
-            node = await DHTNode.create(
-                p2p=p2p,
-                node_id=directory_id(p2p.peer_id),
-                client_mode=not settings.serve_directory,
-                record_validator=SignedRecords(RecordChecker()),
-                wait_timeout=RPC_TIMEOUT_S,
-                # Announcements change every few seconds and carry load: only fresh ones are of use.
-                cache_locally=False,
-                cache_nearest=0,
-                cache_on_store=False,
-                cache_refresh_before_expiry=0,
-            )
-            network = cls(p2p, node, settings)
-        except BaseException:
-            await stop_daemon(p2p)
-            raise
-        try:
-            await network._join()
+            await network._settle()
         except BaseException:
             await network.close()
             raise
         return network
 
+    async def _settle(self) -> None:
+        """Join, and start what keeps us joined."""
+        listening = await own_addresses(self._p2p)
+        ports = with_ports(self._settings.listen_addresses, listening)
+        self._settings = replace(self._settings, listen_addresses=ports)
+        await self._join()
+        self._own_tasks.add(asyncio.create_task(self._keep_daemon()))
+        if self._relays is not None:
+            self._own_tasks.add(asyncio.create_task(self._relays.run()))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_RELAY_TIMEOUT_S):
+                    await self._relays.settled()
+
     @property
     def peer_id(self) -> PeerId:
         return self._peer_id
 
+    @property
+    def behind_router(self) -> bool:
+        """Whether we reach the swarm through a router that translates our addresses."""
+        return self._behind_router
+
+    @property
+    def relays(self) -> Sequence[PeerId]:
+        """The relays through which others reach us now."""
+        return self._relays.relays if self._relays is not None else ()
+
     async def addresses(self) -> Sequence[str]:
-        try:
-            _, addresses = await self._p2p._client.identify()  # noqa: SLF001
-        except (OSError, EOFError, P2PDaemonError) as error:
-            raise NetworkError(f"the network daemon does not answer: {error}") from error
-        return [str(address) for address in addresses]
+        """Where others dial us, through relays or not."""
+        relayed = self._relays.addresses if self._relays is not None else ()
+        return [*await own_addresses(self._p2p), *relayed]
+
+    async def addresses_changed(self, known: Sequence[str]) -> Sequence[str]:
+        """Wait until the addresses are others than ``known``, in whatever order."""
+        while True:
+            self._addresses_changed.clear()
+            with contextlib.suppress(PeerUnreachable):
+                addresses = await self.addresses()
+                if set(addresses) != set(known):
+                    return addresses
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ADDRESS_CHECK_S):
+                    await self._addresses_changed.wait()
+
+    async def is_direct(self, peer: PeerId) -> bool | None:
+        """Whether a stream that is opened now to ``peer`` needs no relay; None when unconnected."""
+        connections = await list_connections(self._p2p)
+        relayed = [connection.relayed for connection in connections if connection.peer == peer]
+        return not all(relayed) if relayed else None
+
+    async def dial_back(self) -> DialBack:
+        """Let a peer that we are connected with try to dial us; takes up to 20 s."""
+        asked: set[PeerId] = set()
+        own = [one for one in await own_addresses(self._p2p) if not is_loopback(one)]
+        for connection in await list_connections(self._p2p):
+            if connection.relayed or connection.peer in asked or not is_global(connection.address):
+                continue
+            asked.add(connection.peer)
+            with contextlib.suppress(PeerUnreachable, TimeoutError):
+                async with asyncio.timeout(DIAL_BACK_TIMEOUT_S):
+                    answer = await ask_to_dial_back(self._p2p, connection.peer, self._peer_id, own)
+                    if answer.reached is not None:
+                        return answer
+        return DialBack(None)
+
+    @property
+    def _p2p(self) -> P2P:
+        return self._local.p2p
+
+    @property
+    def _node(self) -> Any:
+        return self._local.node
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
+        self._handlers[protocol] = handler
+        await self._register(protocol, handler)
+
+    async def _register(self, protocol: str, handler: StreamHandler) -> None:
         async def accept(
             info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
         ) -> None:
-            stream = HivemindStream(PeerId(info.peer_id.to_base58()), reader, writer)
+            stream = HivemindStream(
+                PeerId(info.peer_id.to_base58()),
+                reader,
+                writer,
+                relayed=is_relayed(str(info.addr)),
+            )
             task = asyncio.current_task()
             if task is None or self._closing:
                 writer.transport.abort()
@@ -126,14 +207,15 @@ class HivemindNetwork:
         self, peer: PeerId, protocol: str, addresses: Sequence[str] = ()
     ) -> HivemindStream:
         """Dial ``peer``; the hints in ``addresses`` help while the network does not know it yet."""
-        remote = _parse_peer(peer)
         try:
             async with asyncio.timeout(self._settings.dial_timeout_s):
                 if addresses:
                     # Costs little when connected. Without it an unknown peer is first looked for.
                     with contextlib.suppress(PeerUnreachable):
-                        await self._connect(remote, addresses)
-                return await self._open(remote, protocol)
+                        await connect(self._p2p, peer, addresses)
+                opened = await open_stream(self._p2p, peer, protocol)
+                relayed = opened.connection.relayed
+                return HivemindStream(peer, opened.reader, opened.writer, relayed=relayed)
         except TimeoutError as error:
             raise PeerUnreachable(
                 f"{peer} did not answer within {self._settings.dial_timeout_s:g} s"
@@ -143,9 +225,10 @@ class HivemindNetwork:
         await self._rejoin_when_alone()
         return bool(await self._node.store(key, value, expires_unix_s, subkey=self._peer_id))
 
-    async def get(self, key: str) -> Mapping[PeerId, DirectoryEntry]:
+    async def get(self, key: str, *, complete: bool = True) -> Mapping[PeerId, DirectoryEntry]:
         await self._rejoin_when_alone()
-        found = await self._node.get(key, latest=True)
+        beam = {} if complete else {"beam_size": QUICK_BEAM}
+        found = await self._node.get(key, latest=complete, **beam)
         if found is None or not isinstance(found.value, dict):
             return {}
         return {
@@ -154,22 +237,52 @@ class HivemindNetwork:
         }
 
     async def wait_failed(self) -> None:
-        """Wait until our daemon ends though nobody closed it; the peer is cut off then."""
-        await self._p2p._child.wait()  # noqa: SLF001
-        if self._closing:
-            await asyncio.Event().wait()
+        """Wait until our daemon was given up, which cuts this peer off."""
+        await self._given_up.wait()
 
     async def close(self) -> None:
         """Stop the handlers, the directory and the daemon. Never raises; nothing keeps running."""
         if self._closing:
             return
         self._closing = True
-        self._node.is_alive = False
-        self._node.protocol.closed = True
+        await cancel_all(self._own_tasks)
         await cancel_all(self._handler_tasks)
-        await stop_daemon(self._p2p)
-        while tasks := self._background_tasks():
-            await cancel_all(tasks)
+        await self._local.stop()
+
+    # --- the daemon's lives ----------------------------------------------------------------------
+    async def _keep_daemon(self) -> None:
+        """Start the daemon again when it dies, until it dies too often."""
+        deaths_s: deque[float] = deque(maxlen=RESTARTS + 1)
+        while True:
+            await self._local.daemon_ended()
+            deaths_s.append(time.monotonic())
+            if len(deaths_s) > RESTARTS and deaths_s[-1] - deaths_s[0] < RESTART_WINDOW_S:
+                logger.error("the network daemon (p2pd) has ended again; given up")
+                self._given_up.set()
+                return
+            logger.warning("the network daemon (p2pd) has ended; starting it again")
+            await self._restart()
+
+    async def _restart(self) -> None:
+        before = self._local
+        await before.stop()
+        for pause_s in (FIRST_PAUSE_S, 1.0, LONGEST_PAUSE_S):
+            try:
+                self._local = await LocalPeer.start(
+                    self._identity_path,
+                    self._settings,
+                    behind_router=self._behind_router,
+                    before=before,
+                )
+                for protocol, handler in self._handlers.items():
+                    await self._register(protocol, handler)
+                break
+            except NetworkError as error:
+                logger.warning("%s", error)
+                await asyncio.sleep(pause_s)
+        with contextlib.suppress(NetworkError):
+            await self._join()
+        self._addresses_changed.set()
 
     # --- joining ---------------------------------------------------------------------------------
     async def _join(self) -> None:
@@ -191,10 +304,12 @@ class HivemindNetwork:
         if not found:
             return f"{address} does not end in /p2p/ and a peer id"
         try:
-            remote = _parse_peer(PeerId(peer))
             async with asyncio.timeout(self._settings.dial_timeout_s):
-                await self._connect(remote, [base] if base else [])
-                answer = await self._node.protocol.call_ping(remote, validate=True, strict=True)
+                ways = with_quic_of_others([base]) if base else []
+                await connect(self._p2p, PeerId(peer), ways)
+                answer = await self._node.protocol.call_ping(
+                    parse_peer(PeerId(peer)), validate=True, strict=True
+                )
         except TimeoutError:
             return f"{address} did not answer within {self._settings.dial_timeout_s:g} s"
         except (NetworkError, ValidationError) as error:
@@ -205,52 +320,3 @@ class HivemindNetwork:
         """After all known peers went away (a restarted seed, a cut link), start over."""
         if self._settings.initial_peers and not self._node.protocol.routing_table.uid_to_peer_id:
             await self._join()
-
-    # --- daemon requests -------------------------------------------------------------------------
-    async def _connect(self, peer: PeerID, addresses: Sequence[str]) -> None:
-        request = p2pd_pb2.Request(
-            type=p2pd_pb2.Request.CONNECT,
-            connect=p2pd_pb2.ConnectRequest(
-                peer=peer.to_bytes(), addrs=_parse_addresses(addresses)
-            ),
-        )
-        async with daemon_request(self._p2p, request) as (_, _, writer):
-            writer.close()
-
-    async def _open(self, peer: PeerID, protocol: str) -> HivemindStream:
-        request = p2pd_pb2.Request(
-            type=p2pd_pb2.Request.STREAM_OPEN,
-            streamOpen=p2pd_pb2.StreamOpenRequest(peer=peer.to_bytes(), proto=[protocol]),
-        )
-        async with daemon_request(self._p2p, request) as (response, reader, writer):
-            remote = PeerID(response.streamInfo.peer)
-            return HivemindStream(PeerId(remote.to_base58()), reader, writer)
-
-    def _background_tasks(self) -> set[asyncio.Task[Any]]:
-        """What hivemind started on our behalf and nobody owns: pings, stores, searches."""
-        client = self._p2p._client  # noqa: SLF001
-        owners = (self._node, self._node.protocol, self._p2p, client.control)
-        return {
-            task
-            for task in asyncio.all_tasks()
-            if (frame := getattr(task.get_coro(), "cr_frame", None)) is not None
-            and any(frame.f_locals.get("self") is owner for owner in owners)
-        }
-
-
-def _parse_peer(peer: PeerId) -> PeerID:
-    try:
-        return PeerID.from_base58(peer)
-    except ValueError as error:
-        raise PeerUnreachable(f"{peer!r} is no peer id") from error
-
-
-def _parse_addresses(addresses: Iterable[str]) -> list[bytes]:
-    """Addresses as the daemon wants them; what is no address is left out (peers announce them)."""
-    parsed = []
-    for address in addresses:
-        try:
-            parsed.append(Multiaddr(address).to_bytes())
-        except Exception as error:  # its parser raises whatever its parts raise
-            logger.debug("no address: %s", error)
-    return parsed

@@ -18,15 +18,25 @@ class HivemindStream:
     """``ports.Stream`` over one libp2p stream, which p2pd hands us as a unix socket."""
 
     def __init__(
-        self, remote_peer: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        remote_peer: PeerId,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        relayed: bool,
     ) -> None:
         self._remote_peer = remote_peer
+        self._relayed = relayed
         self._reader = reader
         self._writer = writer
 
     @property
     def remote_peer(self) -> PeerId:
         return self._remote_peer
+
+    @property
+    def relayed(self) -> bool:
+        return self._relayed
 
     async def send(self, *buffers: Buffer) -> None:
         total_bytes = sum(len(buffer) for buffer in buffers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import subprocess
 import sys
@@ -241,21 +242,66 @@ async def test_address_hints_reach_an_unknown_peer(tmp_path: Path) -> None:
             await stream.close()
 
 
-async def test_a_killed_peer_is_noticed(tmp_path: Path) -> None:
-    async with peers(tmp_path, 2) as (_, (server, client)):
+async def kill_daemon(network: HivemindNetwork) -> None:
+    """Wait until it serves again, where it served before."""
+    addresses = await network.addresses()
+    daemon = network._p2p._child
+    daemon.kill()
+    await daemon.wait()
+    async with asyncio.timeout(10):
+        while True:
+            with contextlib.suppress(NetworkError):
+                if network._p2p._child is not daemon and set(await network.addresses()):
+                    break
+            await asyncio.sleep(0.01)
+    assert set(await network.addresses()) == set(addresses)
+
+
+async def test_a_daemon_that_dies_is_started_again(tmp_path: Path) -> None:
+    async with peers(tmp_path, 2) as (identities, (server, client)):
         await server.serve("echo", echo)
         stream = await client.open(server.peer_id, "echo")
-        failed = asyncio.create_task(server.wait_failed())
-        server._p2p._child.kill()
-        async with asyncio.timeout(2):
+        record = node_record(identities[1])
+        key, value = expected_key(record), sign_record(identities[1], record)
+        assert await client.store(key, value, record.expires_unix_s)
+        waiting = asyncio.create_task(stream.receive_exactly(1))
+        addresses = await server.addresses()
+        await kill_daemon(server)
+        async with asyncio.timeout(1):
             with pytest.raises(NetworkError):
-                await stream.receive_exactly(1)
+                await waiting
+        await stream.close()
+
+        async with asyncio.timeout(10):
+            while True:
+                with contextlib.suppress(PeerUnreachable):
+                    stream = await client.open(server.peer_id, "echo", addresses)
+                    break
+        assert await ask(stream, b"again") == b"again"
+        await stream.close()
+        assert set(await server.get(key)) == {client.peer_id}
+        # The one that joined through the other finds back by itself.
+        await kill_daemon(client)
+        async with asyncio.timeout(10):
+            while not await client.get(key):
+                await asyncio.sleep(0.01)
+
+
+async def test_a_daemon_that_dies_again_and_again_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarm.hivemind_network.network.RESTARTS", 1)
+    async with peers(tmp_path, 2) as (_, (server, client)):
+        failed = asyncio.create_task(server.wait_failed())
+        await kill_daemon(server)
+        assert not failed.done()
+        server._p2p._child.kill()
+        async with asyncio.timeout(5):
             await failed
         with pytest.raises(NetworkError):
             await server.addresses()
         with pytest.raises(PeerUnreachable):
             await server.open(client.peer_id, "echo")
-        await stream.close()
 
 
 async def test_closing_is_no_failure(tmp_path: Path) -> None:

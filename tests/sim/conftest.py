@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
 
 import pytest
 
-from swarm.client.chain import Chain, ChainObserver, ChainTimeouts, SessionRequest
+from swarm.client.bans import FailureKind
+from swarm.client.chain import Chain, ChainObserver, ChainTimeouts
+from swarm.client.hops import SessionRequest
+from swarm.journal import JournalBudget
 from swarm.memory_network import MemoryNetwork, MemoryPeer, MemorySettings
 from swarm.node.engine.api import (
+    CacheRegion,
     CacheRequest,
+    CacheState,
     EngineLoad,
     SessionCache,
     StepInput,
     StepOutput,
 )
 from swarm.node.service import NodeService, ServiceLimits
-from swarm.protocol.errors import ErrorCode, ProtocolError
+from swarm.protocol.errors import ErrorCode, NoRouteError, ProtocolError
 from swarm.protocol.identity import Identity, PeerId
 from swarm.protocol.tensors import DType, WireTensor
 from swarm.routing import ChainPlan
@@ -40,26 +45,51 @@ class ToyBlocks:
     """Blocks ``[first, end)`` and their caches: the reference, and the core of the engine."""
 
     def __init__(self, first: int, end: int, rows: int) -> None:
-        self._blocks = range(first, end)
-        self._rows = rows
+        self.blocks = range(first, end)
+        self.rows = rows
         self._cache: dict[tuple[int, int], list[bytes]] = {
-            (block, row): [] for block in self._blocks for row in range(rows)
+            (block, row): [] for block in self.blocks for row in range(rows)
         }
+
+    @property
+    def length(self) -> int:
+        return min(map(len, self._cache.values()))
+
+    def cut(self, position: int) -> None:
+        for entries in self._cache.values():
+            del entries[position:]
+
+    def read(self, region: CacheRegion) -> bytes:
+        positions = slice(region.first_position, region.end_position)
+        return b"".join(
+            entry
+            for row in range(self.rows)
+            for entry in self._cache[region.first_block, row][positions]
+        )
+
+    def write(self, region: CacheRegion, data: bytes) -> None:
+        """Positions that nobody has written yet are zeros, as in a real cache."""
+        count = region.end_position - region.first_position
+        for row in range(self.rows):
+            entries = self._cache[region.first_block, row]
+            entries += [bytes(TOKEN_BYTES)] * (region.end_position - len(entries))
+            for index in range(count):
+                start = (row * count + index) * TOKEN_BYTES
+                entries[region.first_position + index] = data[start : start + TOKEN_BYTES]
 
     def step(self, data: bytes, tokens: int, position: int, row_order: Sequence[int] = ()) -> bytes:
         """Bytes of ``[rows, tokens, hidden]`` through all blocks."""
-        for entries in self._cache.values():
-            del entries[position:]
+        self.cut(position)
         if row_order:
             self._cache = {
                 (block, row): list(self._cache[block, row_order[row]]) for block, row in self._cache
             }
         output = bytearray()
-        for row in range(self._rows):
+        for row in range(self.rows):
             for token in range(tokens):
                 offset = (row * tokens + token) * TOKEN_BYTES
                 value = bytes(data[offset : offset + TOKEN_BYTES])
-                for block in self._blocks:
+                for block in self.blocks:
                     entries = self._cache[block, row]
                     entries.append(value)
                     digest = hashlib.sha256(b"%d" % block)
@@ -95,6 +125,8 @@ class ToyEngine:
     hidden_size: int = HIDDEN
     free_tokens: int = field(init=False)
     fail_next: Exception | None = None
+    imported_positions: int = 0
+    """Positions of single blocks that came from another engine's cache."""
 
     def __post_init__(self) -> None:
         self.free_tokens = self.total_tokens
@@ -133,6 +165,42 @@ class ToyEngine:
             WireTensor(DType.FLOAT32, (rows, step.output_tokens, hidden), kept), 10, 20
         )
 
+    def pieces(
+        self, cache: SessionCache, first_position: int, end_position: int
+    ) -> Sequence[CacheRegion]:
+        assert isinstance(cache, ToyCache)
+        return [
+            CacheRegion(block, block + 1, position, min(position + 4, end_position))
+            for block in cache.blocks.blocks
+            for position in range(first_position, end_position, 4)
+        ]
+
+    async def export_state(self, cache: SessionCache) -> CacheState:
+        assert isinstance(cache, ToyCache)
+        return CacheState(cache.blocks.length, (0,) * cache.blocks.rows)
+
+    async def export_region(self, cache: SessionCache, region: CacheRegion) -> WireTensor:
+        assert isinstance(cache, ToyCache)
+        await asyncio.sleep(self.step_s / 10)
+        content, length = cache.blocks.read(region), cache.blocks.length
+        if region.end_position > length:
+            raise ProtocolError(ErrorCode.BAD_POSITION, f"{length} positions are cached")
+        positions = region.end_position - region.first_position
+        return WireTensor(DType.FLOAT32, (cache.blocks.rows, positions, HIDDEN), content)
+
+    async def import_region(
+        self, cache: SessionCache, region: CacheRegion, content: WireTensor
+    ) -> None:
+        assert isinstance(cache, ToyCache)
+        await asyncio.sleep(self.step_s / 10)
+        cache.blocks.write(region, bytes(content.data))
+        self.imported_positions += region.end_position - region.first_position
+
+    async def import_state(self, cache: SessionCache, state: CacheState) -> None:
+        assert isinstance(cache, ToyCache)
+        cache.blocks.cut(state.length)
+        assert cache.blocks.length == state.length
+
     async def close(self) -> None:
         return None
 
@@ -144,7 +212,7 @@ class Counted:
     """A node's observer that only adds up."""
 
     def __init__(self) -> None:
-        self.opened = self.closed = self.steps = 0
+        self.opened = self.closed = self.steps = self.replayed_tokens = 0
         self.codes: list[ErrorCode] = []
 
     def session_opened(self) -> None:
@@ -162,6 +230,9 @@ class Counted:
     def step_done(self, *, rows: int, tokens: int, queue_us: int, compute_us: int) -> None:
         self.steps += 1
 
+    def replayed(self, *, tokens: int) -> None:
+        self.replayed_tokens += tokens
+
 
 @dataclass
 class ToyNode:
@@ -169,6 +240,60 @@ class ToyNode:
     engine: ToyEngine
     service: NodeService
     counted: Counted
+
+
+class ToyPlanner:
+    """Chooses the nodes of a toy swarm in a fixed order of preference, living ones first."""
+
+    def __init__(self, swarm: ToySwarm, preferred: Sequence[int]) -> None:
+        others = [index for index in range(len(swarm.nodes)) if index not in preferred]
+        self._order = [*preferred, *others]
+        self._swarm = swarm
+        self.failures: list[tuple[PeerId, FailureKind]] = []
+        self.fails_to_see: set[int] = set()
+        """Nodes that it does not know of (yet)."""
+        self.online = True
+
+    async def plan(
+        self,
+        first_block: int,
+        end_block: int,
+        *,
+        excluded: Collection[PeerId] = (),
+        previous: PeerId | None = None,
+        following: PeerId | None = None,
+    ) -> ChainPlan:
+        failed = {peer for peer, _ in self.failures}
+        hops: list[PlannedHop] = []
+        start = first_block
+        while start < end_block:
+            for index in sorted(self._order, key=self._is_failed(failed)):
+                engine, peer = self._swarm.nodes[index].engine, self._swarm.nodes[index].peer
+                usable = index not in self.fails_to_see and peer.peer_id not in excluded
+                twice = any(hop.peer_id == peer.peer_id for hop in hops)
+                if usable and not twice and engine.first_block <= start < engine.end_block:
+                    end = min(engine.end_block, end_block)
+                    hops.append(PlannedHop(peer.peer_id, f"node {index}", (), start, end))
+                    start = end
+                    break
+            else:
+                raise NoRouteError(f"block {start} is served by nobody", missing_blocks=(start,))
+        return ChainPlan(tuple(hops), 0.0)
+
+    def _is_failed(self, failed: set[PeerId]) -> Callable[[int], bool]:
+        return lambda index: self._swarm.nodes[index].peer.peer_id in failed
+
+    async def is_online(self) -> bool:
+        return self.online
+
+    def failed(self, peer: PeerId, kind: FailureKind) -> None:
+        self.failures.append((peer, kind))
+
+    def served(self, peer: PeerId, *, blocks: int, step_s: float) -> None:
+        return None
+
+    def measured_round_trip(self, peer: PeerId, round_trip_s: float) -> None:
+        return None
 
 
 class ToySwarm:
@@ -208,22 +333,9 @@ class ToySwarm:
         for node in self.nodes:
             await node.service.start()
 
-    def plan(self, *indices: int) -> ChainPlan:
-        """A chain over these nodes (all by default), each with its whole span."""
-        nodes = [self.nodes[index] for index in indices or range(len(self.nodes))]
-        return ChainPlan(
-            tuple(
-                PlannedHop(
-                    peer_id=node.peer.peer_id,
-                    display_name="",
-                    addresses=(),
-                    first_block=node.engine.first_block,
-                    end_block=node.engine.end_block,
-                )
-                for node in nodes
-            ),
-            expected_step_s=0.0,
-        )
+    def planner(self, *preferred: int) -> ToyPlanner:
+        """Prefers these nodes, in this order."""
+        return ToyPlanner(self, preferred)
 
     @asynccontextmanager
     async def chain(
@@ -233,11 +345,16 @@ class ToySwarm:
         maximum_tokens: int = 128,
         observer: ChainObserver | None = None,
         timeouts: ChainTimeouts | None = None,
+        planner: ToyPlanner | None = None,
+        journal_budget: JournalBudget | None = None,
     ) -> AsyncIterator[Chain]:
+        """A chain that prefers these nodes, in this order; all by default."""
         chain = Chain(
             self.client,
-            self.plan(*indices),
+            planner or ToyPlanner(self, indices),
             SessionRequest(REVISION, HIDDEN, rows, maximum_tokens, DType.FLOAT32),
+            self.number_of_blocks,
+            journal_budget=journal_budget,
             clock=self.clock,
             observer=observer,
             timeouts=timeouts,
@@ -266,6 +383,11 @@ def toy_tensor(random: Random, rows: int, tokens: int) -> WireTensor:
     return WireTensor(
         DType.FLOAT32, (rows, tokens, HIDDEN), random.randbytes(rows * tokens * TOKEN_BYTES)
     )
+
+
+@pytest.fixture
+def toy_planner() -> type[ToyPlanner]:
+    return ToyPlanner
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from swarm import virtual_time
-from swarm.client.chain import ChainTimeouts, HopFailed
+from swarm.client.chain import ChainTimeouts
+from swarm.client.link import HopFailed
 from swarm.client.metrics import ClientMetrics
 from swarm.connection import Connection
 from swarm.memory_network import LinkSettings, MemorySettings

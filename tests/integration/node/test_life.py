@@ -11,6 +11,7 @@ import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,60 @@ async def test_nodes_fill_the_gaps_serve_metrics_and_leave_on_ctrl_c(
     records = await announced(seed, checkpoint, tmp_path)
     assert records["first"].state is NodeState.DRAINING
     assert records["second"].state is NodeState.ONLINE
+
+
+def command(*arguments: str) -> str:
+    """What a short command of ``swarm-node`` prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "swarm.node.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=EXIT_TIMEOUT_S,
+        check=True,
+    )
+    return done.stdout
+
+
+async def test_the_owner_asks_a_node_for_its_status_and_lets_it_drain(
+    start: Start, checkpoint: Path, tmp_path: Path
+) -> None:
+    seed = start("seed", "seed")
+    node = start("join", "node", str(checkpoint), "--peers", seed.address)
+    key = ("--identity", str(tmp_path / "node.key"))
+    status = json.loads(await asyncio.to_thread(command, "status", "--json", *key))
+    assert (status["state"], status["coverage"]) == ("online", [1] * BLOCKS)
+    assert status["peer_id"] == node.first_event["peer_id"]
+    assert "0:4 of 4" in await asyncio.to_thread(command, "status", *key)
+    said = await asyncio.to_thread(command, "drain", "--wait", *key)
+    assert said.endswith("the node has left\n")
+    code, events = await asyncio.to_thread(node.ended)
+    assert (code, events[-1]) == (0, {"event": "stopped"})
+    records = await announced(seed, checkpoint, tmp_path)
+    assert records["node"].state is NodeState.DRAINING
+    assert not (tmp_path / "node.key.control").exists()
+
+
+def test_a_node_rests_outside_of_its_hours(checkpoint: Path, tmp_path: Path) -> None:
+    now = datetime.now()
+    past = f"{now - timedelta(hours=3):%H:%M}-{now - timedelta(hours=2):%H:%M}"
+    settings = tmp_path / "node.toml"
+    settings.write_text(f'model = "{checkpoint}"\nhours = "{past}"\nmetrics = false\n')
+    process = subprocess.Popen(
+        [sys.executable, "-m", "swarm.node.cli", "join", "--config", str(settings), "--plain"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "SWARM_NODE_IDENTITY_PATH": str(tmp_path / "node.key")},
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            assert "resting\n" in process.stdout
+            assert "works again at" in process.stdout.readline()
+            assert psutil.Process(process.pid).children() == [], "no network while it rests"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(EXIT_TIMEOUT_S) == 0
+        finally:
+            process.kill()
 
 
 def test_a_dead_network_daemon_ends_the_peer_with_a_reason(start: Start) -> None:

@@ -195,10 +195,10 @@ def test_a_directory_that_fails_is_tried_again(
         assert peer is not None
         get, failures = peer.get, iter([True, True])
 
-        async def flaky(key: str) -> Mapping[PeerId, DirectoryEntry]:
+        async def flaky(key: str, *, complete: bool = True) -> Mapping[PeerId, DirectoryEntry]:
             if next(failures, False):
                 raise NetworkError("the seed is down")
-            return await get(key)
+            return await get(key, complete=complete)
 
         monkeypatch.setattr(peer, "get", flaky)
         async with running(announcer):

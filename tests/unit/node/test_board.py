@@ -33,3 +33,27 @@ def test_the_snapshot_is_complete() -> None:
     )
     assert status.tokens_per_s > 0
     assert status.uptime_s > 0
+
+
+def test_a_draining_node_counts_the_others_and_its_time() -> None:
+    board = Board(NodeStatus(coverage=(1, 2, 3), first_block=1, end_block=3), NodeMetrics())
+    board.drain(60.0)
+    status = board.snapshot()
+    assert (status.state, status.coverage) == ("draining", (1, 1, 2))
+    assert status.drain_left_s is not None
+    assert 59 < status.drain_left_s <= 60
+    board.drain(0.0)
+    assert board.snapshot().drain_left_s == 0
+
+
+def test_a_resting_node_forgets_what_it_hosted() -> None:
+    board = Board(NodeStatus(model="m", first_block=1, end_block=3, peer_id="p"), NodeMetrics())
+    board.engine = BusyEngine()
+    board.metrics.watch_engine(BusyEngine())
+    board.forget_engine()
+    board.rest("20:00")
+    status = board.snapshot()
+    assert (status.state, status.model, status.end_block) == ("resting", "m", 0)
+    assert status.rests_until == "20:00"
+    assert "swarm_node_cache_tokens_total 0.0" in board.metrics.text()
+    assert (status.cache_tokens_total, status.peer_id) == (0, "")

@@ -30,7 +30,7 @@ def _without_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SWARM_NODE_MODEL", raising=False)
 
 
-@pytest.mark.parametrize("command", ["join", "seed", "doctor"])
+@pytest.mark.parametrize("command", ["join", "seed", "drain", "status", "doctor"])
 def test_help_explains_and_gives_examples(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
@@ -58,6 +58,9 @@ def test_help_needs_no_heavy_package() -> None:
         (["join", "m", "--blocks", "0:2", "--num-blocks", "2"], "not both"),
         (["join", "m", "--config", "absent.toml"], "cannot read absent.toml"),
         (["join", "m", "--peers", "192.0.2.1"], "/p2p/"),
+        (["join", "m", "--hours", "night"], "20:00-08:00"),
+        (["drain", "--identity", "absent.key"], "no running node with the key absent.key"),
+        (["status", "--identity", "absent.key"], "no running node with the key absent.key"),
         (["seed", "--nonsense"], "No such option"),
         (["fly"], "No such command"),
     ],

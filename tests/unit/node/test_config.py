@@ -16,6 +16,7 @@ from swarm.node.config import (
     NodeSettings,
     PeerSettings,
     SeedSettings,
+    load_identity_file,
     load_settings,
     parse_blocks,
     parse_size,
@@ -42,6 +43,16 @@ def test_the_node_example_names_every_key() -> None:
     assert [item.name for item in fields(NodeSettings) if f"{item.name} =" not in text] == []
 
 
+def test_the_key_of_a_running_node_or_seed_is_found_by_its_settings(tmp_path: Path) -> None:
+    path = tmp_path / "any.toml"
+    path.write_text('model = "m"\nrelay = true\nnonsense = 1\ndata_dir = "/srv/file"\n')
+    environment = {"SWARM_NODE_DATA_DIR": "/srv/environment", "SWARM_NODE_MODEL": "m"}
+    assert load_identity_file(path, {}, None) == Path("/srv/file/identity.key")
+    assert load_identity_file(path, environment, None) == Path("/srv/environment/identity.key")
+    assert load_identity_file(path, environment, Path("a.key")) == Path("a.key")
+    assert load_identity_file(None, {}, None) == PeerSettings().identity_file
+
+
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
     path = tmp_path / "node.toml"
     path.write_text('model = "file"\ndevice = "cuda"\nthreads = 1\n')
@@ -56,6 +67,8 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
     [
         ('devise = "cpu"', ["devise", "did you mean 'device'", "node.toml"]),
         ('threads = "many"', ["threads", "whole number"]),
+        ('hours = "late"', ["hours", "20:00-08:00"]),
+        ("drain_timeout_s = -1", ["drain_timeout_s"]),
         ("threads = true", ["threads", "whole number"]),
         ("metrics = 3", ["metrics", "true or false"]),
         ("peers = [3]", ["peers", "list of texts"]),

@@ -17,6 +17,7 @@ from swarm.node.view import (
     PlainView,
     RecentRate,
     coverage_bar,
+    describe_absence,
     format_duration,
     render,
     span_bar,
@@ -95,6 +96,47 @@ def test_bars_stay_within_their_width_and_hide_no_hole(blocks: int) -> None:
     assert coverage_bar(coverage).plain.endswith("·")
     last = NodeStatus(model_blocks=blocks, first_block=blocks - 1, end_block=blocks)
     assert span_bar(last).plain.count("█") == 1
+
+
+DRAINING = replace(
+    ONLINE, state="draining", drain_left_s=42.4, coverage=(1,) * 12 + (0,) * 3 + (2,) * 15
+)
+
+
+def test_a_leaving_node_says_whom_it_still_serves_and_for_how_long() -> None:
+    waits, alone = describe_absence(DRAINING)
+    assert waits == "3 sessions still here; waits 42 s at most until all are handed over"
+    assert alone == "nobody else has blocks 12-14: what runs here then ends with this node"
+    text = drawn(DRAINING)
+    assert waits in text
+    assert alone in text
+    assert "Ctrl-C again leaves at once" in text
+    (replaced,) = describe_absence(replace(DRAINING, coverage=(1,) * 30, sessions=1))
+    assert replaced.startswith("1 session still here")
+    assert describe_absence(replace(DRAINING, sessions=0)) == ["no sessions are left here"]
+    assert describe_absence(ONLINE) == []
+
+
+def test_a_resting_node_says_when_it_works_again() -> None:
+    resting = NodeStatus(state="resting", model="m", rests_until="20:00")
+    assert "works again at 20:00" in drawn(resting)
+
+
+async def test_programs_hear_at_once_of_each_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarm.node.view.LIVE_PERIOD_S", 0.0)
+    stream = io.StringIO()
+    states = iter(["online", "online", "draining", "draining"])
+
+    def status() -> NodeStatus:
+        state = next(states, None)
+        if state is None:
+            raise LookupError
+        return replace(ONLINE, state=state)
+
+    with pytest.raises(LookupError):
+        await JsonView(stream).watch(status)
+    (event,) = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert (event["event"], event["state"]) == ("status", "draining")
 
 
 def test_json_events_are_lines_for_programs() -> None:

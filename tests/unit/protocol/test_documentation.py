@@ -53,7 +53,9 @@ def test_messages(kind: type[messages.Message]) -> None:
     assert numbered_rows(section) == list(table(kind))
 
 
-@pytest.mark.parametrize("kind", [records.NodeRecord, records.ModelIndexRecord])
+@pytest.mark.parametrize(
+    "kind", [records.NodeRecord, records.ModelIndexRecord, records.TombstoneRecord]
+)
 def test_records(kind: type[Any]) -> None:
     section = TEXT.split(f"### {kind.__name__}, kind")[1].split("\n#")[0]
     assert numbered_rows(section) == list(table(kind))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from swarm.protocol import records
 from swarm.protocol.errors import RecordError, UsageError
 from swarm.protocol.identity import Identity, PeerId
-from swarm.protocol.records import ModelIndexRecord, NodeRecord, NodeState
+from swarm.protocol.records import ModelIndexRecord, NodeRecord, NodeState, TombstoneRecord
 from swarm.protocol.tensors import DType
 
 NOW_UNIX_S = 1_800_000_000.5
@@ -58,6 +58,16 @@ MODEL = ModelIndexRecord(
     sequence=17,
     expires_unix_s=1_800_000_060,
 )
+TOMBSTONE = TombstoneRecord(
+    peer_id=OWN.peer_id,
+    model_revision=bytes(range(32)),
+    groups=4,
+    group=records.shard_of(FOREIGN.peer_id, 4),
+    lost_peers=(FOREIGN.peer_id,),
+    lost_sequences=(17,),
+    sequence=18,
+    expires_unix_s=1_800_000_060,
+)
 
 
 def open_now(value: bytes, expected_peer: PeerId | None = OWN.peer_id) -> records.Record:
@@ -84,7 +94,7 @@ def fields_of(record: records.Record) -> dict[int, Any]:
     return fields
 
 
-@pytest.mark.parametrize("record", [NODE, MODEL])
+@pytest.mark.parametrize("record", [NODE, MODEL, TOMBSTONE])
 def test_what_was_signed_comes_back(record: records.Record) -> None:
     value = records.sign_record(OWN, record)
     opened = open_now(value)
@@ -104,10 +114,13 @@ def test_types_come_back_too() -> None:
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(
     st.builds(
-        lambda span, cache, **rest: replace(
+        lambda span, cache, state, **rest: replace(
             NODE,
             first_block=min(span),
             end_block=max(span) + 1,
+            state=state,
+            target_first_block=3 if state is NodeState.MOVING else 0,
+            target_end_block=9 if state is NodeState.MOVING else 0,
             cache_tokens_free=min(cache),
             cache_tokens_total=max(cache),
             **rest,
@@ -122,6 +135,8 @@ def test_types_come_back_too() -> None:
             lambda names: tuple(names[:16])
         ),
         passport_hash=st.sampled_from([b"", bytes(32)]),
+        country=st.sampled_from(["", "KE", "MW"]),
+        busy_permille=st.integers(0, 1000),
         display_name=st.sampled_from(["", "دانشگاه تهران", "東京大学", "می‌خواهم"]),
         expires_unix_s=st.integers(int(NOW_UNIX_S) + 1, int(NOW_UNIX_S) + 900),
     )
@@ -130,7 +145,7 @@ def test_round_trip(record: NodeRecord) -> None:
     assert open_now(records.sign_record(OWN, record)) == record
 
 
-@pytest.mark.parametrize("record", [NODE, MODEL])
+@pytest.mark.parametrize("record", [NODE, MODEL, TOMBSTONE])
 def test_no_byte_can_be_changed(record: records.Record) -> None:
     value = records.sign_record(OWN, record)
     for position in range(len(value)):
@@ -255,6 +270,14 @@ def test_a_record_is_good_until_it_expires() -> None:
         {24: "\x07"},
         {25: "x" * 65},
         {25: "\u2028"},
+        {26: "x" * 65},
+        {27: "ke"},
+        {27: "K"},
+        {27: "KEN"},
+        {31: 5},
+        {8: 4, 30: 5, 31: 31},
+        {8: 4, 30: 5, 31: 5},
+        {32: 1001},
         {99: [[[[[[[[[[1]]]]]]]]]]},
         {"text": 1},
     ],
@@ -262,6 +285,49 @@ def test_a_record_is_good_until_it_expires() -> None:
 def test_signed_nonsense(changes: dict[Any, Any]) -> None:
     assert open_now(forge(1, fields_of(NODE))) == NODE
     dropped_because(forge(1, {**fields_of(NODE), **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {1: FOREIGN.peer_id},
+        {3: 0},
+        {4: (TOMBSTONE.group + 1) % 4},
+        {5: []},
+        {5: [OWN.peer_id]},
+        {5: [FOREIGN.peer_id, FOREIGN.peer_id], 6: [1, 2]},
+        {5: ["nobody"]},
+        {5: ["é"]},
+        {5: [FOREIGN.peer_id] * 25, 6: [1] * 25},
+        {6: []},
+        {6: [1, 2]},
+        {6: [-1]},
+    ],
+)
+def test_signed_nonsense_of_witnesses(changes: dict[Any, Any]) -> None:
+    assert open_now(forge(3, fields_of(TOMBSTONE))) == TOMBSTONE
+    dropped_because(forge(3, {**fields_of(TOMBSTONE), **changes}))
+
+
+def test_the_fullest_tombstone_fits() -> None:
+    peers = [
+        Identity(Ed25519PrivateKey.from_private_bytes(number.to_bytes(32, "big"))).peer_id
+        for number in range(1, records.MAX_TOMBSTONES + 1)
+    ]
+    full = replace(
+        TOMBSTONE,
+        groups=1,
+        group=0,
+        lost_peers=tuple(peers),
+        lost_sequences=(2**53 - 1,) * len(peers),
+        sequence=2**53 - 1,
+    )
+    assert open_now(records.sign_record(OWN, full)) == full
+
+
+def test_a_mover_is_placed_at_its_target() -> None:
+    moving = replace(NODE, state=NodeState.MOVING, target_first_block=2, target_end_block=8)
+    assert (NODE.placed_span, moving.placed_span) == ((10, 20), (2, 8))
 
 
 @pytest.mark.parametrize("number", range(1, 14))
@@ -283,7 +349,7 @@ def test_signed_payloads_that_are_no_map(payload: bytes) -> None:
     dropped_because(forge(1, payload))
 
 
-@pytest.mark.parametrize("kind", [0, 3, 255])
+@pytest.mark.parametrize("kind", [0, 4, 255])
 def test_unknown_kinds(kind: int) -> None:
     assert dropped_because(forge(kind, fields_of(NODE))) == "unknown kind"
 
@@ -331,6 +397,9 @@ def test_keys_follow_from_the_record() -> None:
     shard = records.shard_of(OWN.peer_id, 4)
     assert records.expected_key(NODE) == records.shard_key(NODE.model_revision, shard)
     assert records.expected_key(MODEL) == records.model_index_key()
+    tombstones = records.tombstone_key(TOMBSTONE.model_revision, TOMBSTONE.group)
+    assert records.expected_key(TOMBSTONE) == tombstones
+    assert [records.tombstone_groups(shards) for shards in (1, 16, 32)] == [1, 1, 2]
     other_model = replace(NODE, model_revision=bytes(32))
     assert records.expected_key(other_model) != records.expected_key(NODE)
     keys = {records.shard_key(bytes(32), number) for number in range(100)}

@@ -1,13 +1,20 @@
 """Cutting activations along their tokens, and putting results together again. Pure bytes.
 
-A long prompt goes through a chain in pieces; see ``Chain.step``.
+A long prompt goes through a chain in pieces, and so does a journal that is replayed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from swarm.protocol.tensors import ITEM_BYTES, WireTensor
+
+
+def pieces(tensor: WireTensor, tokens_per_piece: int) -> Iterator[tuple[int, WireTensor]]:
+    """``[rows, tokens, hidden]`` in pieces, each with the index of its first token."""
+    tokens = tensor.shape[1]
+    for first in range(0, tokens, tokens_per_piece):
+        yield first, slice_tokens(tensor, first, min(first + tokens_per_piece, tokens))
 
 
 def slice_tokens(tensor: WireTensor, first: int, last: int) -> WireTensor:

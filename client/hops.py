@@ -1,0 +1,387 @@
+"""The hops of one session: opened, joined to each other, replaced one by one.
+
+Opening a chain and healing it are the same thing: a *gap* of blocks without a hop is filled with
+fresh hops. The hop before the gap replays its journal into them; hops outside of the gap keep their
+caches. When the hop before has lost its journal, the next one upstream that has one replays, and
+those between pass it on; at worst all is rebuilt from the client's own journal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from swarm.client.link import HopFailed, Link
+from swarm.client.planner import Planner
+from swarm.journal import Journal
+from swarm.pieces import pieces
+from swarm.ports import Clock, Transport
+from swarm.protocol.errors import ErrorCode, NetworkError, RemoteError, SwarmError
+from swarm.protocol.identity import PeerId
+from swarm.protocol.messages import (
+    MAX_TOKENS,
+    CloseSession,
+    OpenSession,
+    Replay,
+    SetPrevious,
+    SetRoute,
+)
+from swarm.protocol.session import ClientSession
+from swarm.protocol.tensors import DType, Encoding
+from swarm.routing import ChainPlan
+from swarm.routing import Hop as PlannedHop
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+REPLAY_TOKENS = 256
+REPLAYS_IN_FLIGHT = 4
+"""Pieces that a client sends ahead of what the hop reports; its pings must not wait behind them."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRequest:
+    """What a session needs from every hop."""
+
+    model_revision: bytes
+    hidden_size: int
+    rows: int
+    maximum_tokens: int
+    wire_dtype: DType
+    left_padding: tuple[int, ...] = ()
+    wire_encoding: Encoding = Encoding.RAW
+
+
+@dataclass(frozen=True, slots=True)
+class HopTimeouts:
+    """How long a client waits for one hop."""
+
+    open_s: float = 6.0
+    answer_s: float = 6.0
+    """For answers to what a hop needs to dial its neighbour for."""
+    replay_stall_s: float = 60.0
+    """A hop that catches up may take long, but must get on."""
+
+
+class NothingToReplay(SwarmError):
+    """No hop, and not the client either, has kept what a replacement would need."""
+
+
+class Hops:
+    """The hops that a session has now, ordered by blocks; there may be gaps between them."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        planner: Planner,
+        request: SessionRequest,
+        number_of_blocks: int,
+        *,
+        clock: Clock,
+        timeouts: HopTimeouts,
+        on_open: Callable[[Link], None],
+        on_loss: Callable[[Link], None],
+    ) -> None:
+        """``on_open`` starts the reader of a link; ``on_loss`` hears of each link given up."""
+        self.links: list[Link] = []
+        self.replayed_tokens = 0
+        self.replayed_bytes = 0
+        """By this client itself; what hops replay to each other they count themselves."""
+        self._transport = transport
+        self._planner = planner
+        self._request = request
+        self._number_of_blocks = number_of_blocks
+        self._clock = clock
+        self._timeouts = timeouts
+        self._on_open = on_open
+        self._on_loss = on_loss
+        self._fresh: list[Link] = []
+        self._filling: asyncio.Future[None] | None = None
+        self._last_version = 0
+
+    @property
+    def plan(self) -> ChainPlan:
+        """The chain as it is now."""
+        return ChainPlan(tuple(link.hop for link in self.links), 0.0)
+
+    @property
+    def first_gap(self) -> tuple[int, int] | None:
+        """The first blocks ``[first, end)`` without a hop; None when the chain is whole."""
+        covered = 0
+        for link in self.links:
+            if link.hop.first_block > covered:
+                return covered, link.hop.first_block
+            covered = link.hop.end_block
+        return (covered, self._number_of_blocks) if covered < self._number_of_blocks else None
+
+    def starts_with(self, link: Link) -> bool:
+        """Whether ``link`` is the hop that takes the client's steps."""
+        return bool(self.links) and self.links[0] is link and link.hop.first_block == 0
+
+    def ends_with(self, link: Link) -> bool:
+        """Whether results come from ``link``."""
+        return link.hop.end_block == self._number_of_blocks
+
+    def previous_of(self, link: Link) -> Link | None:
+        """The hop that sends to ``link``; None for the client, or for nobody while it is lost."""
+        index = self.links.index(link) if link in self.links else 0
+        before = self.links[index - 1] if index else None
+        joined = before is not None and before.hop.end_block == link.hop.first_block
+        return before if joined else None
+
+    def blame(self, error: HopFailed) -> None:
+        """Give up the hop that an error names, if it is part of the chain."""
+        for link in (*self.links, *self._fresh):
+            if link.hop is error.hop:
+                self.lose(link, error)
+                return
+
+    def lose(self, link: Link, error: HopFailed) -> None:
+        """Give a hop up. What is being filled at the moment is begun anew."""
+        if link.failure is not None:
+            return
+        link.fail(error)
+        was_part = link in self.links or link in self._fresh
+        if link in self.links:
+            self.links.remove(link)
+        if self._filling is not None and not self._filling.done():
+            self._filling.set_exception(error)
+            self._filling.exception()  # nobody may be waiting any more
+        if was_part:
+            self._on_loss(link)
+
+    async def close(self, link: Link) -> None:
+        """Free the session on a hop that is no longer needed, if it still listens."""
+        try:
+            async with asyncio.timeout(1.0):
+                await link.connection.send(CloseSession())
+        except (TimeoutError, NetworkError):
+            log.debug("%s did not take a goodbye", link.peer_id)
+        await link.connection.close()
+
+    # --- filling a gap
+    async def fill(
+        self,
+        first_block: int,
+        end_block: int,
+        session: ClientSession,
+        journal: Journal,
+        excluded: Sequence[PeerId],
+    ) -> list[Link]:
+        """Put hops into a gap and bring them to where the session is; returns them.
+
+        Raises HopFailed for the hop that made it impossible, NoRouteError when there is none to be
+        had, and NothingToReplay. The chain is then as before, without the hops that were lost.
+        """
+        filling: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._filling = filling
+        work = asyncio.create_task(
+            self._fill(first_block, end_block, session, journal, tuple(excluded))
+        )
+        try:
+            await asyncio.wait({work, filling}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return await work
+            await filling
+            raise AssertionError("unreachable: a loss has a reason")
+        finally:
+            self._filling = None
+            if not work.done():
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+            left, self._fresh = self._fresh, []
+            await asyncio.gather(*(self.close(link) for link in left))
+
+    async def _fill(
+        self,
+        first_block: int,
+        end_block: int,
+        session: ClientSession,
+        journal: Journal,
+        excluded: tuple[PeerId, ...],
+    ) -> list[Link]:
+        before = [link for link in self.links if link.hop.end_block <= first_block]
+        after = next((link for link in self.links if link.hop.first_block == end_block), None)
+        own = self._transport.peer_id
+        previous = before[-1].peer_id if before else None
+        following = after.peer_id if after is not None else None
+        # A node does not dial itself, so that the hops beside a gap cannot fill it.
+        neighbours = tuple(peer for peer in (previous, following) if peer is not None)
+        plan = await self._planner.plan(
+            first_block,
+            end_block,
+            excluded=(*excluded, *neighbours),
+            previous=previous,
+            following=following,
+        )
+        sources = [previous or own, *(hop.peer_id for hop in plan.hops)]
+        fresh = await _all(
+            self._open(hop, source, session.resume_step)
+            for hop, source in zip(plan.hops, sources, strict=False)
+        )
+        resume_position = session.resume_position
+        if after is not None:
+            await self._ask_previous(after, fresh[-1])
+        targets = [*fresh[1:], after]
+        await _all(
+            self._set_route(
+                link, target, forward_replays=target is not None and target is not after
+            )
+            for link, target in zip(fresh, targets, strict=True)
+        )
+        await self._replay(before, fresh, session, journal, resume_position)
+        for link in fresh:
+            self._fresh.remove(link)
+        self.links = sorted([*self.links, *fresh], key=lambda link: link.hop.first_block)
+        return fresh
+
+    async def _open(self, hop: PlannedHop, previous: PeerId, first_step: int) -> Link:
+        request = self._request
+        link = await Link.open(
+            self._transport,
+            hop,
+            OpenSession(
+                model_revision=request.model_revision,
+                first_block=hop.first_block,
+                end_block=hop.end_block,
+                rows=request.rows,
+                maximum_tokens=request.maximum_tokens,
+                wire_dtype=int(request.wire_dtype),
+                wire_encoding=int(request.wire_encoding),
+                previous_peer=previous,
+                left_padding=request.left_padding,
+                first_step=first_step,
+            ),
+            clock=self._clock,
+            timeout_s=self._timeouts.open_s,
+        )
+        self._fresh.append(link)
+        self._on_open(link)
+        return link
+
+    async def _ask_previous(self, link: Link, previous: Link) -> None:
+        message = SetPrevious(route_version=self._version(), previous_peer=previous.peer_id)
+        try:
+            await link.set_previous(message, self._timeouts.answer_s)
+        except RemoteError as error:
+            raise self._fault(link, error) from error
+
+    async def _set_route(
+        self,
+        link: Link,
+        target: Link | None,
+        *,
+        resume_step: int = 0,
+        replay_end: int = 0,
+        forward_replays: bool = False,
+    ) -> None:
+        """Raises HopFailed for the hop to blame; RemoteError only for a journal that is gone."""
+        message = SetRoute(
+            route_version=self._version(),
+            next_peer=target.peer_id if target is not None else "",
+            next_session_id=target.opened.session_id if target is not None else b"",
+            resume_step=resume_step,
+            replay_end=replay_end,
+            forward_replays=int(forward_replays),
+        )
+        try:
+            await link.set_route(message, self._timeouts.answer_s)
+        except RemoteError as error:
+            if error.code is ErrorCode.JOURNAL_GONE:
+                raise
+            # What the next hop refused, or that it cannot be reached, is not this hop's fault.
+            to_blame = target if target is not None else link
+            raise self._fault(to_blame, error) from error
+
+    def _fault(self, link: Link, error: RemoteError) -> HopFailed:
+        failure = HopFailed(link.hop, error)
+        self.lose(link, failure)
+        return failure
+
+    async def _replay(
+        self,
+        before: Sequence[Link],
+        fresh: Sequence[Link],
+        session: ClientSession,
+        journal: Journal,
+        resume_position: int,
+    ) -> None:
+        """Fill the fresh hops' caches up to where the interrupted step begins, and resume."""
+        resume_step = session.resume_step if session.oldest_in_flight is not None else 0
+        chain = [*before, fresh[0]]
+        for index in range(len(before) - 1, -1, -1):
+            source_is_nearest = index == len(before) - 1
+            try:
+                await self._set_route(
+                    chain[index],
+                    chain[index + 1],
+                    resume_step=resume_step,
+                    # Hops that compute again must reach where they were.
+                    replay_end=resume_position if source_is_nearest else MAX_TOKENS,
+                )
+                break
+            except RemoteError:
+                log.info("%s has no journal any more", chain[index].peer_id)
+                await self._set_route(chain[index], chain[index + 1], forward_replays=True)
+        else:
+            end = journal.length if before else resume_position
+            if end and (journal.is_gone or journal.length < end):
+                raise NothingToReplay("what this session sent before is no longer kept")
+            await self._replay_own(chain[0], fresh[-1], journal, end, session.last_issued_step)
+        if resume_position:
+            await fresh[-1].replayed_to(resume_position, self._timeouts.replay_stall_s)
+
+    async def _replay_own(
+        self, first: Link, last: Link, journal: Journal, end: int, rows_as_of_step: int
+    ) -> None:
+        """Replay the client's journal into the first hop; ``last`` reports how far it is."""
+        per_piece = max(1, REPLAY_TOKENS // self._request.rows)
+        kept = journal.read(0, end)
+        for position, piece in pieces(kept, per_piece):
+            unacknowledged = position - REPLAYS_IN_FLIGHT * per_piece
+            if unacknowledged > 0:
+                await last.replayed_to(unacknowledged, self._timeouts.replay_stall_s)
+            try:
+                await first.connection.send(
+                    Replay(
+                        position=position,
+                        activations=replace(piece, encoding=self._request.wire_encoding),
+                        rows_as_of_step=rows_as_of_step,
+                    )
+                )
+            except NetworkError as error:
+                raise HopFailed(first.hop, error) from error
+            self.replayed_tokens += piece.shape[0] * piece.shape[1]
+            self.replayed_bytes += len(piece.data)
+
+    # --- joints
+    async def join_again(self, before: Link, link: Link, session: ClientSession) -> None:
+        """Give two hops a new stream between them; what was lost on the old one is sent again.
+
+        Raises HopFailed for ``link`` when ``before`` cannot reach it.
+        """
+        resume_step = session.resume_step if session.oldest_in_flight is not None else 0
+        await self._set_route(before, link, resume_step=resume_step)
+
+    def _version(self) -> int:
+        self._last_version += 1
+        return self._last_version
+
+
+async def _all(work: Iterable[Coroutine[None, None, T]]) -> list[T]:
+    """All results, or the first error; either way nothing goes on running."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in work]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return [task.result() for task in tasks]

@@ -1,0 +1,310 @@
+"""Chooses the hops of a client's sessions, and learns from what becomes of them.
+
+For each chain the router draws candidates from the nodes that may serve it, asks all of them at
+once how busy they are, and takes the cheapest chain among those that answered in time. The choices
+themselves are pure (``swarm.routing``); what is remembered is in ``client.known_nodes``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from swarm.client.bans import FailureKind
+from swarm.client.known_nodes import KnownNodes
+from swarm.connection import Connection
+from swarm.ports import Clock, Transport
+from swarm.protocol.errors import (
+    ErrorCode,
+    NetworkError,
+    NoRouteError,
+    PeerUnreachable,
+    RemoteError,
+    SwarmError,
+)
+from swarm.protocol.identity import PeerId
+from swarm.protocol.messages import AskLoad, LoadReport
+from swarm.protocol.records import NodeRecord
+from swarm.protocol.version import STREAM_PROTOCOL
+from swarm.routing import (
+    CLIENT,
+    NO_ROOM,
+    Candidate,
+    ChainPlan,
+    Needs,
+    Place,
+    candidate,
+    choose_chain,
+    no_route,
+    obstacle,
+    others_in_batch,
+    overlaps,
+    place_of,
+    sample_nodes,
+    uncovered,
+)
+
+log = logging.getLogger(__name__)
+
+OLDEST_VIEW_S = 120.0
+"""Records that nobody refreshed for so long are read again before they are used."""
+READ_AGAIN_S = 1.0
+"""When there is no route, the directory is read again, but not more often than this."""
+ATTEMPTS = 3
+"""Reads of the directory for one plan: in a large swarm each shows other shards."""
+SHORTEST_WAIT_S = 0.4
+"""For answers, however fast the first ones came: a node's cores may all be busy."""
+LONGEST_WAIT_S = 3.0
+"""For answers without which there is no chain."""
+ONLINE_SAMPLE = 8
+ONLINE_WAIT_S = 2.0
+LAST_RESORT_S = 60.0
+"""What using a banned node costs in the choice: more than any detour."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a node said when it was asked."""
+
+    record: NodeRecord
+    load: LoadReport
+
+
+class Router:
+    """A ``client.planner.Planner`` for sessions with the same needs."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        known: KnownNodes,
+        needs: Needs,
+        *,
+        clock: Clock,
+        dice: random.Random,
+    ) -> None:
+        self._transport = transport
+        self._known = known
+        self._needs = needs
+        self._clock = clock
+        self._dice = dice
+
+    async def plan(
+        self,
+        first_block: int,
+        end_block: int,
+        *,
+        excluded: Collection[PeerId] = (),
+        previous: PeerId | None = None,
+        following: PeerId | None = None,
+    ) -> ChainPlan:
+        """The best chain for blocks ``[first_block, end_block)``, without the ``excluded`` peers.
+
+        ``previous`` and ``following`` are the hops on both sides of a gap; None is the client.
+        Raises NoRouteError, which names the blocks and why, or says when to try again for room;
+        NetworkError when the directory cannot be read. Cancelling is safe.
+        """
+        known = self._known
+        await known.refresh(older_than_s=OLDEST_VIEW_S)
+        reasons = dict.fromkeys(excluded, "tried before or in use")
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                answers = await self._willing(first_block, end_block, reasons)
+                break
+            except NoRouteError:
+                if attempt == ATTEMPTS or not await known.refresh(older_than_s=READ_AGAIN_S):
+                    raise
+        # No await from here on: of plans made at the same moment each sees those before it.
+        candidates = [self._candidate(answer) for answer in answers]
+        self._dice.shuffle(candidates)
+        plan = choose_chain(
+            candidates,
+            first_block,
+            end_block,
+            previous=self._place(previous),
+            following=self._place(following),
+        )
+        for hop in plan.hops:
+            known.opening(hop.peer_id)
+        last_resorts = sum(known.is_banned(hop.peer_id) for hop in plan.hops)
+        return replace(plan, expected_step_s=plan.expected_step_s - last_resorts * LAST_RESORT_S)
+
+    async def is_online(self) -> bool:
+        """Whether any of a few nodes, whichever blocks they have, can be dialled."""
+        records = self._known.records
+        drawn = self._dice.sample(records, min(len(records), ONLINE_SAMPLE))
+
+        async def answers(record: NodeRecord) -> bool:
+            try:
+                async with asyncio.timeout(ONLINE_WAIT_S):
+                    stream = await self._transport.open(
+                        record.peer_id, STREAM_PROTOCOL, record.addresses
+                    )
+                    async with Connection(stream) as connection:
+                        await connection.say_hello()
+            except (TimeoutError, NetworkError):
+                return False
+            except SwarmError:
+                return True
+            return True
+
+        return any(await asyncio.gather(*map(answers, drawn)))
+
+    def failed(self, peer: PeerId, kind: FailureKind) -> None:
+        """Look elsewhere first for a while; longer each time it happens again."""
+        self._known.failed(peer, kind)
+
+    def served(self, peer: PeerId, *, blocks: int, step_s: float) -> None:
+        """One token went through so many blocks of the peer in ``step_s``, queueing included.
+
+        From now on this counts, and not what the peer announces.
+        """
+        self._known.served(peer, blocks=blocks, step_s=step_s)
+
+    def measured_round_trip(self, peer: PeerId, round_trip_s: float) -> None:
+        """A ping of the client came back after ``round_trip_s``."""
+        self._known.measured_round_trip(peer, round_trip_s)
+
+    # --- costs
+    def _candidate(self, answer: _Answer) -> Candidate:
+        peer = answer.record.peer_id
+        entry = candidate(
+            answer.record,
+            answer.load,
+            round_trip_s=self._known.round_trip_s(peer),
+            in_flight=self._known.openings(peer),
+            slowness=self._known.slowness(answer.record),
+        )
+        if self._known.is_banned(peer):
+            return replace(entry, wait_s=entry.wait_s + LAST_RESORT_S)
+        return entry
+
+    def _place(self, peer: PeerId | None) -> Place:
+        if peer is None:
+            return CLIENT
+        record = self._known.record(peer)
+        round_trip_s = self._known.round_trip_s(peer)
+        return Place(round_trip_s) if record is None else place_of(record, round_trip_s)
+
+    # --- candidates
+    async def _willing(
+        self, first_block: int, end_block: int, reasons: dict[PeerId, str]
+    ) -> list[_Answer]:
+        """Nodes that are ready to serve and together cover the blocks. Raises NoRouteError.
+
+        ``reasons`` says which nodes cannot be used and why; those that refuse are added, so that
+        a second attempt does not wait for them again.
+        """
+        known = [
+            record for record in self._known.records if overlaps(record, first_block, end_block)
+        ]
+        for record in known:
+            reason = obstacle(record, self._needs)
+            if reason:
+                reasons.setdefault(record.peer_id, reason)
+        usable = [record for record in known if record.peer_id not in reasons]
+        unbanned = [record for record in usable if not self._known.is_banned(record.peer_id)]
+        answers: list[_Answer] = []
+        # Banned nodes, and those that were not drawn, are asked when the others are not enough.
+        for group in (unbanned, usable):
+            asked = {answer.record.peer_id for answer in answers} | reasons.keys()
+            group = [record for record in group if record.peer_id not in asked]
+            if uncovered([answer.record for answer in answers] + group, first_block, end_block):
+                continue
+            drawn = sample_nodes(
+                group,
+                first_block,
+                end_block,
+                dice=self._dice,
+                round_trip_s=self._known.round_trips_s,
+            )
+            outcomes = await self._ask(drawn, first_block, end_block)
+            for record in drawn:
+                outcome = outcomes[record.peer_id]
+                if isinstance(outcome, str):
+                    reasons[record.peer_id] = outcome
+                else:
+                    answers.append(_Answer(record, outcome))
+            if not uncovered([answer.record for answer in answers], first_block, end_block):
+                return answers
+        raise no_route(known, reasons, first_block, end_block)
+
+    async def _ask(
+        self, records: Sequence[NodeRecord], first_block: int, end_block: int
+    ) -> dict[PeerId, LoadReport | str]:
+        """The load of each node, or why it cannot be used. Waits for the late ones only while
+        those that answered make no chain."""
+        started_s = self._clock.monotonic_s()
+        outcomes: dict[PeerId, LoadReport | str] = {}
+        willing: list[NodeRecord] = []
+        times_s: list[float] = []
+        answered = asyncio.Event()
+
+        async def ask(record: NodeRecord) -> None:
+            outcome = outcomes[record.peer_id] = await self._ask_one(record, first_block, end_block)
+            if isinstance(outcome, LoadReport):
+                willing.append(record)
+            times_s.append(self._clock.monotonic_s() - started_s)
+            answered.set()
+
+        async with asyncio.TaskGroup() as tasks:
+            asking = [tasks.create_task(ask(record)) for record in records]
+            while len(outcomes) < len(records):
+                wait_s = LONGEST_WAIT_S
+                if not uncovered(willing, first_block, end_block):
+                    wait_s = min(wait_s, max(SHORTEST_WAIT_S, 2 * median(times_s)))
+                answered.clear()
+                try:
+                    async with asyncio.timeout(started_s + wait_s - self._clock.monotonic_s()):
+                        await answered.wait()
+                except TimeoutError:
+                    break
+            for task in asking:
+                task.cancel()
+        for record in records:
+            if record.peer_id not in outcomes:
+                self._known.failed(record.peer_id, FailureKind.SILENT)
+                outcomes[record.peer_id] = FailureKind.SILENT.value
+        return outcomes
+
+    async def _ask_one(
+        self, record: NodeRecord, first_block: int, end_block: int
+    ) -> LoadReport | str:
+        peer = record.peer_id
+        question = AskLoad(
+            model_revision=self._needs.model_revision,
+            first_block=max(first_block, record.first_block),
+            end_block=min(end_block, record.end_block),
+            tokens=self._needs.tokens,
+        )
+        try:
+            stream = await self._transport.open(peer, STREAM_PROTOCOL, record.addresses)
+            async with Connection(stream) as connection:
+                asked_s = self._clock.monotonic_s()
+                await connection.say_hello(question)
+                load = await connection.receive_only(LoadReport)
+                self._known.measured_round_trip(peer, self._clock.monotonic_s() - asked_s)
+        except SwarmError as error:
+            log.debug("%s did not say how busy it is: %s", peer, error)
+            kind = failure_kind(error)
+            self._known.failed(peer, kind)
+            return kind.value
+        self._known.reported(peer, others_in_batch(load))
+        if load.accepting and load.cache_tokens_free >= self._needs.tokens:
+            return load
+        return NO_ROOM if load.cache_tokens_free < self._needs.tokens else "taking no sessions"
+
+
+def failure_kind(error: SwarmError) -> FailureKind:
+    """How an error on a stream with a peer counts against it."""
+    if isinstance(error, RemoteError):
+        full = error.code in (ErrorCode.NO_CAPACITY, ErrorCode.TOO_MANY_SESSIONS)
+        return FailureKind.NO_ROOM if full else FailureKind.REFUSED
+    if isinstance(error, PeerUnreachable):
+        return FailureKind.UNREACHABLE
+    if isinstance(error, NetworkError):
+        return FailureKind.BROKEN
+    return FailureKind.WRONG

@@ -1,0 +1,280 @@
+"""Which blocks a node should host: pure choices from what nodes announce of themselves.
+
+Every node maximises the same bounded potential by its own span, so that selfish best responses end
+in a fixed point (a potential game): a node that moves raises what all others maximise as well.
+
+    F = sum over blocks of f(block)
+    f = - (mean / (throughput + 0.02 mean))^3         the weakest block is the swarm's speed
+        - 0.3 (3 - expected replicas)+^2              a node that just came may go again
+        - 1.0 (2 - organisations)+^2                  one organisation fails as one
+        - 0.3 share (its mean / its throughput)^3     a country with nodes to spare stands alone
+
+``throughput`` of a block is the sum of (batched speed / blocks hosted) of its nodes and ``mean``
+all speed / blocks of the model, which no placement can exceed. A node without any throughput costs
+125,000 (the 0.02), so that coverage comes before everything else.
+
+A node counts where it will be: JOINING and MOVING nodes at their target. A move must never uncover
+a block, so leaving counts only others that serve it now and do not mean to leave it: movers publish
+MOVING, read the directory *after that*, and ask :func:`may_leave` again. Of two movers that would
+uncover a block together the later one then sees the other.
+
+No clock, no randomness and no I/O here: draws and times are arguments. ``model_health`` says in
+words what these numbers mean for an operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from swarm.block_vectors import BlockVectors, Counts, PlacedNode, Vector
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementSettings:
+    """Weights and thresholds; the whole swarm should use the same ones."""
+
+    exponent: float = 3.0
+    throughput_floor: float = 0.02
+    """Share of the mean that is added to every block's throughput."""
+    wanted_replicas: float = 3.0
+    replica_weight: float = 0.3
+    wanted_organisations: int = 2
+    organisation_weight: float = 1.0
+    country_weight: float = 0.3
+    country_redundancy: float = 1.5
+    """A country with less stands alone anyhow for nobody: no term for it."""
+    swarm_redundancy: float = 6.0
+    """A swarm with less has no nodes to spare for borders."""
+    patience_s: float = 3600.0
+    """A span that loads so long is worth half."""
+    hysteresis: float = 2.0
+    """A move must gain so many fair shares of the potential."""
+    safe_replicas: int = 2
+    """Others that must go on serving a block that is left."""
+    scarce_replicas: float = 3.0
+    """Below this mean of expected replicas hysteresis and safety are 1."""
+    emergency_replicas: float = 1.5
+    """A block with fewer: decide every ``emergency_interval_s``."""
+    interval_s: float = 300.0
+    """Mean time between two decisions of a node."""
+    emergency_interval_s: float = 60.0
+    view_age_s: float = 60.0
+    """How old what a node knows of the others may be."""
+
+
+DEFAULTS = PlacementSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class SpanChoice:
+    """Where a node should go: ``[first_block, end_block)``, and what it adds to the potential."""
+
+    first_block: int
+    end_block: int
+    gain: float
+
+
+def span_size(fitting_blocks: int, speed_one_session: float, longest_pass_s: float = 0.15) -> int:
+    """How many blocks to host: what fits, but no more than a token passes in ``longest_pass_s``.
+
+    A slow computer with much memory would otherwise be a slow hop for everybody. Its speed is not
+    lost: it spreads over fewer blocks. ``speed_one_session`` in tokens/s through one block.
+    """
+    return max(1, min(fitting_blocks, int(speed_one_session * longest_pass_s)))
+
+
+def gains(
+    others: BlockVectors, node: PlacedNode, size: int, settings: PlacementSettings = DEFAULTS
+) -> Vector:
+    """What ``node`` adds to the potential for each first block ``[number_of_blocks - size + 1]``.
+
+    Prefix sums over blocks: the cost does not depend on the number of nodes.
+    """
+    total = others.number_of_blocks
+    share = node.speed / size
+    mean = max((others.speed + node.speed) / total, 1e-9)
+    organisations = others.organisations()
+    own = others.of_organisation.get(node.organisation)
+    is_new = np.ones(total, dtype=np.int64) if own is None else (own == 0).astype(np.int64)
+    gained = _value(
+        others.throughput + share,
+        others.replicas + node.availability,
+        organisations + is_new,
+        mean,
+        settings,
+    ) - _value(others.throughput, others.replicas, organisations, mean, settings)
+    gained += _gained_in_country(others, node, size, settings)
+    sums = np.concatenate(([0.0], np.cumsum(gained)))
+    return np.asarray(sums[size:] - sums[:-size], dtype=np.float64)
+
+
+def _value(
+    throughput: Vector, replicas: Vector, organisations: Counts, mean: float, s: PlacementSettings
+) -> Vector:
+    weak = (mean / (throughput + s.throughput_floor * mean)) ** s.exponent
+    lonely = np.maximum(0.0, s.wanted_replicas - replicas) ** 2
+    dependent = np.maximum(0, s.wanted_organisations - organisations) ** 2
+    return np.asarray(-weak - s.replica_weight * lonely - s.organisation_weight * dependent)
+
+
+def _gained_in_country(
+    others: BlockVectors, node: PlacedNode, size: int, settings: PlacementSettings
+) -> Vector:
+    """The country's term, where country and swarm have nodes to spare."""
+    total = others.number_of_blocks
+    hosted = others.hosted_in_country.get(node.country, 0) + size
+    redundancy = others.redundancy + size / total
+    if (
+        not node.country
+        or hosted < settings.country_redundancy * total
+        or redundancy < settings.swarm_redundancy
+    ):
+        return np.zeros(total)
+    throughput = others.of_country.get(node.country, np.zeros(total))
+    speed = float(throughput.sum()) + node.speed
+    mean = max(speed / total, 1e-9)
+    weight = settings.country_weight * speed / max(others.speed + node.speed, 1e-9)
+
+    def weak(throughput: Vector) -> Vector:
+        return np.asarray(
+            (mean / (throughput + settings.throughput_floor * mean)) ** settings.exponent
+        )
+
+    return np.asarray(weight * (weak(throughput) - weak(throughput + node.speed / size)))
+
+
+def loading_s(number_of_blocks: int, on_disk: Collection[int], seconds_per_block: float) -> Vector:
+    """Time to get each block ``[number_of_blocks]``: none for those on the disk."""
+    return np.array(
+        [0.0 if block in on_disk else seconds_per_block for block in range(number_of_blocks)]
+    )
+
+
+def choose_span(
+    others: BlockVectors,
+    node: PlacedNode,
+    size: int,
+    load_s: Vector,
+    settings: PlacementSettings = DEFAULTS,
+) -> SpanChoice:
+    """Where a joining node helps most, given how long each block ``[number_of_blocks]`` loads.
+
+    ``node``'s own span is ignored and it must not be counted in ``others``. Of equal choices the
+    first one is taken. A ``size`` beyond the model is cut.
+    """
+    if size < 1:
+        raise ValueError("a span has at least one block")
+    size = min(size, others.number_of_blocks)
+    gained = gains(others, node, size, settings)
+    load_span_s = _sums(load_s, size)
+    first = int(np.argmax(gained * settings.patience_s / (settings.patience_s + load_span_s)))
+    return SpanChoice(first, first + size, float(gained[first]))
+
+
+class Stay(StrEnum):
+    """Why a node stays."""
+
+    BEST = "no span is worth the move"
+    UNSAFE = "too few others serve the blocks that would be left"
+    DAMPED = "enough others will decide in the same minute"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a serving node should do."""
+
+    target: SpanChoice | None
+    reason: Stay | None = None
+
+
+def decide_move(
+    others: BlockVectors,
+    node: PlacedNode,
+    load_s: Vector,
+    *,
+    chance: float,
+    size: int | None = None,
+    settings: PlacementSettings = DEFAULTS,
+) -> Decision:
+    """Whether a serving ``node``, not counted in ``others``, should move; ``chance`` in [0, 1).
+
+    Worth it: the gain beyond that of the present span, less what is lost while loading, exceeds
+    ``hysteresis`` fair shares of the potential. Allowed: :func:`may_leave`. Damped: with the
+    probability that the shortage is larger than what the others who decide before they see this
+    can bring.
+    """
+    hosted = node.end_block - node.first_block
+    size = min(size or hosted, others.number_of_blocks)
+    replicas = others.replicas.copy()
+    replicas[node.first_block : node.end_block] += node.availability
+    scarce = bool(replicas.mean() < settings.scarce_replicas)
+    patience_s = settings.patience_s
+    here = float(gains(others, node, hosted, settings)[node.first_block])
+    there = gains(others, node, size, settings)
+    load_span_s = _sums(load_s, size)
+    worth = ((there - here) * patience_s - abs(here) * load_span_s) / (patience_s + load_span_s)
+    if size == hosted:
+        worth[node.first_block] = -np.inf
+    first = int(np.argmax(worth))
+    fair_share = 3.0 * node.speed / max((others.speed + node.speed) / others.number_of_blocks, 1e-9)
+    if worth[first] <= (1.0 if scarce else settings.hysteresis) * fair_share:
+        return Decision(None, Stay.BEST)
+    target = SpanChoice(first, first + size, float(there[first]))
+    if not may_leave(others, node, (first, first + size), settings):
+        return Decision(None, Stay.UNSAFE)
+    if chance >= _needed_share(others, node, settings):
+        return Decision(None, Stay.DAMPED)
+    return Decision(target)
+
+
+def may_leave(
+    others: BlockVectors,
+    node: PlacedNode,
+    target: tuple[int, int],
+    settings: PlacementSettings = DEFAULTS,
+) -> bool:
+    """Whether enough others stay with every block that ``node`` would leave for ``target``.
+
+    To be asked again right before the swap, with what was read after MOVING was announced.
+    """
+    left = np.zeros(others.number_of_blocks, dtype=bool)
+    left[node.first_block : node.end_block] = True
+    left[slice(*target)] = False
+    if not left.any():
+        return True
+    replicas = (
+        others.replicas.mean()
+        + node.availability * (node.end_block - node.first_block) / others.number_of_blocks
+    )
+    target_helps = bool((others.planned[slice(*target)] == 0).any())
+    relaxed = target_helps or replicas < settings.scarce_replicas
+    needed = 1 if relaxed else settings.safe_replicas
+    return bool(others.staying[left].min() >= needed)
+
+
+def is_emergency(vectors: BlockVectors, settings: PlacementSettings = DEFAULTS) -> bool:
+    """Whether some block is about to be lost, so that nodes should decide more often."""
+    return bool(vectors.replicas.min() < settings.emergency_replicas)
+
+
+def _needed_share(others: BlockVectors, node: PlacedNode, settings: PlacementSettings) -> float:
+    """The share of the deciding nodes that are needed, in [0, 1]."""
+    nodes = others.nodes + 1
+    mean = (others.speed + node.speed) / others.number_of_blocks
+    mean_speed = max((others.speed + node.speed) / nodes, 1e-9)
+    mean_size = float(others.planned.sum() + node.end_block - node.first_block) / nodes
+    too_slow = float(np.maximum(0.0, mean - others.throughput).sum()) / mean_speed
+    too_few = float(np.maximum(0.0, settings.wanted_replicas - others.replicas).sum()) / mean_size
+    interval_s = settings.emergency_interval_s if is_emergency(others) else settings.interval_s
+    deciding = nodes * min(1.0, settings.view_age_s / interval_s)
+    return min(1.0, max(too_slow, too_few) / deciding)
+
+
+def _sums(values: Vector, size: int) -> Vector:
+    """Of each window ``[len(values) - size + 1]``."""
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    return np.asarray(sums[size:] - sums[:-size], dtype=np.float64)

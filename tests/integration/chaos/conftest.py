@@ -1,0 +1,75 @@
+"""One swarm of real processes for all tests here: three spans of the demo model, two nodes each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from scripts.faults.arena import Arena
+from scripts.faults.matrix import Case, Matrix, Outcome
+from scripts.faults.progress import Event
+from scripts.faults.sessions import Task, Watched, make_tasks
+from swarm.client.background import BackgroundLoop
+
+PROMPT_TOKENS = 64
+NEW_TOKENS = 16
+
+T = TypeVar("T")
+
+
+@dataclass
+class Chaos:
+    """The swarm, a client that tells what it does, and the loop on which both live."""
+
+    arena: Arena
+    watched: Watched
+    matrix: Matrix
+    plain: Task
+    background: BackgroundLoop
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run on the client's loop and wait."""
+        return self.background.run(work)
+
+    def strike(self, case: Case) -> Outcome:
+        """One session with one fault; all is as it should be, or the test fails."""
+        outcome = self.run(self.matrix.run(case))
+        assert outcome.problems == [], case.label
+        return outcome
+
+
+@pytest.fixture(scope="module")
+def chaos(smollm2_path: Path) -> Iterator[Chaos]:
+    (plain,) = make_tasks(smollm2_path, [PROMPT_TOKENS], NEW_TOKENS)
+    (looked_up,) = make_tasks(smollm2_path, [PROMPT_TOKENS], 2 * NEW_TOKENS, speculative=True)
+    background = BackgroundLoop("chaos")
+    hearing: list[Matrix] = []
+
+    def hear(event: Event) -> None:
+        for matrix in hearing:
+            matrix.hear(event)
+
+    watched = Watched(smollm2_path, background, hear)
+    try:
+        with Arena(smollm2_path) as arena:
+            matrix = Matrix(arena, watched, plain, looked_up)
+            hearing.append(matrix)
+            background.run(watched.connect(arena.swarm.peers))
+            try:
+                assert background.run(matrix.warm_up()) == []
+                yield Chaos(arena, watched, matrix, plain, background)
+                assert background.run(matrix.leftovers()) == []
+            finally:
+                background.run(_quietly_mended(arena))
+                background.run(watched.close())
+    finally:
+        background.close()
+
+
+async def _quietly_mended(arena: Arena) -> None:
+    await asyncio.gather(arena.mended(), return_exceptions=True)

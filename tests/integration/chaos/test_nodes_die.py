@@ -1,0 +1,44 @@
+"""Nodes die in the middle of an answer, and nobody notices: the short form of ``scripts.chaos``."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from scripts.faults.matrix import Case
+from scripts.faults.moments import Moment
+from swarm.protocol.errors import NoRouteError
+
+if TYPE_CHECKING:
+    from .conftest import Chaos
+
+DECODING = Moment("token 5", "decode", "token", count=5)
+PREFILLING = Moment("prompt sent", "prefill", "sent", "Step")
+ROLLING_BACK = Moment("first rollback", "rollback", "rollback", speculative=True)
+
+
+@pytest.mark.parametrize("hop", [0, 1, 2])
+def test_a_hop_is_killed_between_two_tokens(chaos: Chaos, hop: int) -> None:
+    outcome = chaos.strike(Case("kill", DECODING, (hop,)))
+    assert outcome.heals == 1
+    assert outcome.stall_s is not None
+    # All that was cached, and no more: 64 tokens of prompt, 4 or 5 of the answer.
+    assert 68 <= outcome.replayed_tokens <= 69
+
+
+def test_a_hop_is_killed_in_prefill(chaos: Chaos) -> None:
+    assert chaos.strike(Case("kill", PREFILLING, (1,))).heals == 1
+
+
+def test_a_hop_is_frozen_and_comes_back_when_it_is_no_longer_needed(chaos: Chaos) -> None:
+    assert chaos.strike(Case("freeze", DECODING, (2,))).heals >= 1
+
+
+def test_two_neighbours_are_killed_at_once(chaos: Chaos) -> None:
+    assert chaos.strike(Case("kill", DECODING, (0, 1))).heals >= 1
+
+
+def test_a_hop_is_killed_in_a_rollback(chaos: Chaos) -> None:
+    assert chaos.strike(Case("kill", ROLLING_BACK, (2,))).heals >= 1

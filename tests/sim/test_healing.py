@@ -1,0 +1,309 @@
+"""Hops die in every way and at every moment; the answer goes on as if nothing had happened.
+
+In the toy model every output depends on every cached entry before it, so that one token lost,
+doubled, reordered or at a wrong position shows in all that follow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from random import Random
+from typing import Any
+
+import pytest
+
+from swarm import virtual_time
+from swarm.client.chain import Chain, ChainTimeouts
+from swarm.client.metrics import ClientMetrics
+from swarm.journal import JournalBudget
+from swarm.memory_network import LinkSettings, MemorySettings
+from swarm.protocol.errors import ErrorCode, NoRouteError, ProtocolError
+
+SPANS = ((0, 2), (2, 4), (4, 6), (0, 2), (2, 4), (4, 6), (0, 3), (3, 6))
+"""A chain of three and everything twice; the last two have other borders."""
+CHAIN = (0, 1, 2)
+LINKS = MemorySettings(
+    link=LinkSettings(latency_s=0.01, jitter_s=0.004, loss=0.01), give_up_after_s=3600
+)
+MAXIMUM_TOKENS = 160
+
+
+class Conversation:
+    """Random prompts, single tokens, rollbacks and row orders, each compared with the model."""
+
+    def __init__(
+        self, chain: Chain, seed: int, rows: int, toy_blocks: Any, make_tensor: Any
+    ) -> None:
+        self._chain = chain
+        self._random = Random(seed)
+        self._rows = rows
+        self._make_tensor = make_tensor
+        self._reference = toy_blocks(0, 6, rows)
+        self._length = 0
+        self.steps = 0
+
+    async def step(self, tokens: int | None = None) -> None:
+        """One step; the same one again if it is refused."""
+        random, rows = self._random, self._rows
+        position = random.choice(
+            (self._length, random.randint(max(0, self._length - 3), self._length))
+        )
+        tokens = min(tokens or random.choice((1, 1, 1, 2, 5, 30)), MAXIMUM_TOKENS - position)
+        if tokens < 1:
+            return
+        order = tuple(random.randrange(rows) for _ in range(rows)) if rows > 1 else ()
+        output_tokens = random.randint(1, tokens)
+        sent = self._make_tensor(random, rows, tokens)
+        whole = None
+        while whole is None:
+            try:
+                received = await self._chain.step(
+                    sent, position, output_tokens=output_tokens, row_order=order
+                )
+            except NoRouteError:
+                self.on_refusal()
+                continue
+            whole = self._reference.step(bytes(sent.data), tokens, position, order)
+        size = len(whole) // rows
+        kept = size * output_tokens // tokens
+        expected = b"".join(
+            whole[(row + 1) * size - kept : (row + 1) * size] for row in range(rows)
+        )
+        assert bytes(received.data) == expected, f"step {self.steps} of {tokens} at {position}"
+        self._length = position + tokens
+        self.steps += 1
+
+    def on_refusal(self) -> None:
+        raise AssertionError("there was a replica")
+
+    async def run(self, steps: int) -> None:
+        for _ in range(steps):
+            await self.step()
+
+
+Fault = Callable[[Any], Awaitable[None]]
+
+
+def converse(
+    toy_swarm: Any,
+    toy_blocks: Any,
+    make_tensor: Any,
+    fault: Callable[[Any, Chain], Coroutine[Any, Any, None]],
+    *,
+    seed: int,
+    rows: int = 1,
+    steps: int = 25,
+    spans: tuple[tuple[int, int], ...] = SPANS,
+    timeouts: ChainTimeouts | None = None,
+    journal_budget: JournalBudget | None = None,
+    metrics: ClientMetrics | None = None,
+) -> None:
+    """A conversation during which ``fault`` runs; afterwards nothing is left on living nodes."""
+
+    async def main() -> None:
+        swarm = toy_swarm(spans, seed=seed, settings=LINKS)
+        await swarm.start()
+        async with swarm.chain(
+            *CHAIN,
+            rows=rows,
+            maximum_tokens=MAXIMUM_TOKENS,
+            timeouts=timeouts,
+            journal_budget=journal_budget,
+            observer=metrics,
+        ) as chain:
+            talk = Conversation(chain, seed, rows, toy_blocks, make_tensor)
+            faulting = asyncio.create_task(fault(swarm, chain))
+            await talk.run(steps)
+            await faulting
+            await talk.step(1)
+            assert chain.hops_through_client == 0
+        swarm.network.heal()
+        await swarm.assert_nothing_left()
+
+    virtual_time.run(main())
+
+
+def crash_at(moment_s: float, *nodes: int) -> Callable[[Any, Chain], Coroutine[Any, Any, None]]:
+    async def fault(swarm: Any, chain: Chain) -> None:
+        await asyncio.sleep(moment_s)
+        for node in nodes:
+            swarm.network.crash(swarm.nodes[node].peer.peer_id)
+
+    return fault
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("hop", CHAIN)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_hop_dies_at_any_moment(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any, seed: int, hop: int, rows: int
+) -> None:
+    moment_s = Random(seed).uniform(0, 1.2)
+    converse(toy_swarm, toy_blocks, make_tensor, crash_at(moment_s, hop), seed=seed, rows=rows)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("hops", [(0, 1), (1, 2), (0, 2), (0, 1, 2)])
+def test_several_hops_die_at_once(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any, seed: int, hops: tuple[int, ...]
+) -> None:
+    moment_s = Random(seed).uniform(0, 1.2)
+    converse(toy_swarm, toy_blocks, make_tensor, crash_at(moment_s, *hops), seed=seed, rows=2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_replacement_dies_while_it_is_filled(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any, seed: int
+) -> None:
+    async def fault(swarm: Any, chain: Chain) -> None:
+        random = Random(seed)
+        await asyncio.sleep(random.uniform(0.3, 1.2))
+        swarm.network.crash(swarm.nodes[1].peer.peer_id)
+        # Filling takes some 0.1 s here; node 4 is the one with the same span.
+        await asyncio.sleep(random.uniform(0.02, 0.2))
+        swarm.network.crash(swarm.nodes[4].peer.peer_id)
+
+    converse(toy_swarm, toy_blocks, make_tensor, fault, seed=seed, rows=2)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("hop", CHAIN)
+def test_a_hop_falls_silent(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any, seed: int, hop: int
+) -> None:
+    """A black hole: no stream breaks, bytes just stop, and later all of them come at once."""
+
+    async def fault(swarm: Any, chain: Chain) -> None:
+        await asyncio.sleep(Random(seed).uniform(0, 1.2))
+        swarm.network.partition([swarm.nodes[hop].peer.peer_id])
+        await asyncio.sleep(8)
+        swarm.network.heal()
+
+    converse(toy_swarm, toy_blocks, make_tensor, fault, seed=seed, steps=40)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("pair", [(0, 1), (1, 2)])
+def test_two_hops_cannot_reach_each_other_any_more(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any, seed: int, pair: tuple[int, int]
+) -> None:
+    async def fault(swarm: Any, chain: Chain) -> None:
+        await asyncio.sleep(Random(seed).uniform(0, 1.2))
+        one, other = (swarm.nodes[node].peer.peer_id for node in pair)
+        swarm.network.cut(one, other)
+
+    converse(toy_swarm, toy_blocks, make_tensor, fault, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_clients_own_network_is_gone_for_a_while(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any, seed: int
+) -> None:
+    async def fault(swarm: Any, chain: Chain) -> None:
+        await asyncio.sleep(Random(seed).uniform(0, 1.2))
+        swarm.network.partition([swarm.client.peer_id])
+        await asyncio.sleep(20)
+        swarm.network.heal()
+
+    converse(toy_swarm, toy_blocks, make_tensor, fault, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("kept_tokens", [0, 20, 60])
+def test_lost_journals_are_made_up_for_upstream(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any, seed: int, kept_tokens: int
+) -> None:
+    """Nodes have room for few tokens in their journals; at worst all comes from the client."""
+
+    async def fault(swarm: Any, chain: Chain) -> None:
+        random = Random(seed)
+        for node in random.sample(range(3), 2):
+            swarm.nodes[node].service.journals.maximum_bytes = kept_tokens * 16
+        await asyncio.sleep(random.uniform(0.3, 1.2))
+        swarm.network.crash(swarm.nodes[random.choice((1, 2))].peer.peer_id)
+
+    converse(toy_swarm, toy_blocks, make_tensor, fault, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "failure", [ProtocolError(ErrorCode.NOT_FINITE), RuntimeError("secret detail")]
+)
+def test_a_hop_whose_engine_fails_is_replaced(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any, seed: int, failure: Exception
+) -> None:
+    async def fault(swarm: Any, chain: Chain) -> None:
+        random = Random(seed)
+        await asyncio.sleep(random.uniform(0, 1.2))
+        swarm.nodes[random.randrange(3)].engine.fail_next = failure
+
+    converse(toy_swarm, toy_blocks, make_tensor, fault, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_nodes_come_and_go_all_the_time(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any, seed: int
+) -> None:
+    """One node after the other is cut off for a while, twice in a row everybody."""
+
+    async def fault(swarm: Any, chain: Chain) -> None:
+        random = Random(seed)
+        order = [*range(6), *range(6)]
+        random.shuffle(order)
+        for node in order:
+            await asyncio.sleep(random.uniform(0.1, 0.8))
+            swarm.network.partition([swarm.nodes[node].peer.peer_id])
+            await asyncio.sleep(random.uniform(1, 8))
+            swarm.network.heal()
+
+    converse(toy_swarm, toy_blocks, make_tensor, fault, seed=seed, steps=60, rows=2)
+
+
+def test_without_a_replica_it_says_so_soon_and_resumes_when_one_joins(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any
+) -> None:
+    async def main() -> None:
+        swarm = toy_swarm((*SPANS[:3], SPANS[1]), settings=LINKS)
+        await swarm.start()
+        planner = swarm.planner(*CHAIN)
+        planner.fails_to_see.add(3)
+        async with swarm.chain(planner=planner, maximum_tokens=MAXIMUM_TOKENS) as chain:
+            talk = Conversation(chain, 1, 1, toy_blocks, make_tensor)
+            await talk.run(8)
+            swarm.network.crash(swarm.nodes[1].peer.peer_id)
+            started_s = swarm.clock.monotonic_s()
+            errors: list[NoRouteError] = []
+
+            def note_and_join() -> None:
+                assert swarm.clock.monotonic_s() - started_s <= 10
+                planner.fails_to_see.clear()
+
+            with pytest.raises(NoRouteError, match="blocks 2-3") as caught:
+                await chain.step(make_tensor(Random(2), 1, 1), chain.length, output_tokens=1)
+            errors.append(caught.value)
+            talk.on_refusal = note_and_join  # type: ignore[method-assign]
+            await talk.run(8)
+            assert errors[0].missing_blocks
+        await swarm.assert_nothing_left()
+
+    virtual_time.run(main())
+
+
+def test_the_same_seed_gives_the_same_run(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any
+) -> None:
+    def trace() -> list[tuple[float, str]]:
+        events: list[tuple[float, str]] = []
+
+        async def fault(swarm: Any, chain: Chain) -> None:
+            swarm.network.on_event = lambda now_s, event: events.append((now_s, event))
+            await asyncio.sleep(0.5)
+            swarm.network.crash(swarm.nodes[1].peer.peer_id)
+
+        converse(toy_swarm, toy_blocks, make_tensor, fault, seed=7)
+        return events
+
+    first = trace()
+    assert first
+    assert first == trace()

@@ -1,0 +1,102 @@
+"""The pure parts of the chaos harness: moments, events on a stream, judgement of sessions."""
+
+from __future__ import annotations
+
+import pytest
+
+from scripts.faults.moments import MOMENTS, Moment, Trigger
+from scripts.faults.progress import Event, WatchedStream
+from scripts.faults.report import percentile
+from swarm.ports import Buffer
+from swarm.protocol.codec import PREFIX_BYTES, encode
+from swarm.protocol.identity import Identity, PeerId
+from swarm.protocol.messages import Hello, Ping, Pong, Step
+from swarm.protocol.tensors import DType, WireTensor
+
+PEER = Identity.generate().peer_id
+OTHER = Identity.generate().peer_id
+
+
+class RecordedStream:
+    """Takes what is sent, gives what it was told to."""
+
+    def __init__(self, incoming: bytes = b"") -> None:
+        self.sent: list[Buffer] = []
+        self._incoming = incoming
+
+    @property
+    def remote_peer(self) -> PeerId:
+        return PEER
+
+    async def send(self, *buffers: Buffer) -> None:
+        self.sent += buffers
+
+    async def receive_exactly(self, size_bytes: int) -> bytes:
+        data, self._incoming = self._incoming[:size_bytes], self._incoming[size_bytes:]
+        return data
+
+    async def close(self) -> None:
+        return
+
+
+def step_message() -> Step:
+    tensor = WireTensor(DType.FLOAT32, (1, 2, 3), bytes(24))
+    return Step(step=1, position=0, output_tokens=1, activations=tensor, deadline_ms=0)
+
+
+async def test_a_stream_tells_each_message_before_it_is_sent() -> None:
+    heard: list[Event] = []
+    recorded = RecordedStream()
+    stream = WatchedStream(recorded, heard.append)
+    hello, _ = encode(Hello(minimum_version=1, maximum_version=1, software="test"))
+    step, payload = encode(step_message())
+    ping, _ = encode(Ping(nonce=1))
+    await stream.send(hello, step, payload, ping)
+    assert [(event.what, event.message) for event in heard] == [
+        ("sent", "Hello"),
+        ("sent", "Step"),
+        ("sent", "Ping"),
+    ]
+    assert all(event.peer == PEER for event in heard)
+    assert recorded.sent == [hello, step, payload, ping]
+
+
+async def test_a_stream_tells_each_message_that_comes() -> None:
+    heard: list[Event] = []
+    pong, _ = encode(Pong(nonce=1))
+    step, payload = encode(step_message())
+    stream = WatchedStream(RecordedStream(pong + step + bytes(payload) + pong), heard.append)
+    for frame_bytes in (len(pong), len(step) + len(payload), len(pong)):
+        await stream.receive_exactly(PREFIX_BYTES)
+        await stream.receive_exactly(frame_bytes - PREFIX_BYTES)
+    assert [event.message for event in heard] == ["Pong", "Step", "Pong"]
+
+
+def test_a_trigger_fires_once_at_the_count_of_its_stage() -> None:
+    fired: list[Event] = []
+    moment = Moment("opened", "open", "received", "SessionOpened", count=2, of_stage=True)
+    trigger = Trigger(moment, lambda event: event.peer == PEER, fired.append)
+    mine = Event("received", "SessionOpened", PEER)
+    trigger.hear(mine)
+    trigger.hear(Event("received", "SessionOpened", OTHER))
+    trigger.hear(Event("sent", "SessionOpened", PEER))
+    assert not fired
+    trigger.hear(mine)
+    trigger.hear(mine)
+    assert fired == [mine]
+
+
+def test_there_are_twenty_moments_with_names_of_their_own() -> None:
+    assert len({moment.name for moment in MOMENTS}) == len(MOMENTS) == 20
+    assert {moment.phase for moment in MOMENTS} == {
+        "open",
+        "prefill",
+        "decode",
+        "rollback",
+        "healing",
+    }
+
+
+@pytest.mark.parametrize(("percent", "value"), [(0, 1.0), (50, 3.0), (95, 4.0), (100, 4.0)])
+def test_percentiles(percent: int, value: float) -> None:
+    assert percentile([4.0, 1.0, 3.0, 2.0], percent) == value
