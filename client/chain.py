@@ -16,14 +16,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from swarm.client.healing import HEAL_ATTEMPTS, Patience, could_not_heal, could_not_open
-from swarm.client.hops import Hops, HopTimeouts, NothingToReplay, SessionRequest
+from swarm.client.hops import Hops, HopTimeouts, NothingToReplay, Resumption, SessionRequest
 from swarm.client.link import HopFailed, HopTimes, Link
+from swarm.client.moving import Moves
 from swarm.client.planner import Planner
 from swarm.client.router import failure_kind
+from swarm.client.watch import Watch, WatchSettings
 from swarm.connection import remote_error
 from swarm.journal import Journal, JournalBudget
 from swarm.pieces import join_tokens, slice_tokens
@@ -39,6 +42,7 @@ from swarm.protocol.identity import PeerId
 from swarm.protocol.messages import (
     MAX_DEADLINE_MS,
     CloseSession,
+    Draining,
     Error,
     Message,
     Ping,
@@ -56,6 +60,7 @@ log = logging.getLogger(__name__)
 PIPELINED_PIECE_TOKENS = 128
 """Small enough to fill a chain of a few hops with a common prompt, large enough for the device."""
 STEPS_IN_FLIGHT = 4
+MENDS_WITHOUT_RESULT = 3
 JOINT_GRACE_S = 0.2
 """A stream between two hops that breaks mostly means that one of them is gone: its own stream to
 the client then breaks too, a moment later."""
@@ -68,14 +73,12 @@ class ChainTimeouts:
     open_s: float = 20.0
     step_s: float = 120.0
     """For the answer to one step, healing included."""
-    heal_s: float = 8.0
+    heal_s: float = 7.0
     """For replacements to turn up, when nobody has the blocks that are missing."""
     offline_s: float = 90.0
     """The same while no other peer answers either: then it is our own network that is gone."""
     hop: HopTimeouts = field(default_factory=HopTimeouts)
-    heartbeat_s: float = 3.0
-    silence_s: float = 12.0
-    """A hop that answers no ping for this long is gone."""
+    watch: WatchSettings = field(default_factory=WatchSettings)
     close_s: float = 2.0
 
 
@@ -139,13 +142,21 @@ class Chain:
                 maximum_steps_in_flight=STEPS_IN_FLIGHT,
             )
         )
+        self._watch = Watch(
+            self._hops,
+            self._session,
+            planner,
+            clock=clock,
+            settings=self._timeouts.watch,
+            mend=self._mend,
+        )
         self._journal = Journal(
             rows=request.rows,
             hidden_size=request.hidden_size,
             dtype=request.wire_dtype,
             budget=journal_budget or JournalBudget(),
         )
-        self._unanswered: dict[int, Step] = {}
+        self._sent: deque[Step] = deque(maxlen=STEPS_IN_FLIGHT)
         self._results: dict[int, asyncio.Future[StepResult]] = {}
         self._may_issue = asyncio.Event()
         self._may_issue.set()
@@ -164,6 +175,17 @@ class Chain:
         self._relayed = 0
         self._passes = 0
         self._one_step = asyncio.Lock()
+        self._reshaping = asyncio.Lock()
+        self._leaving: set[Link] = set()
+        self._moves = Moves(
+            self._hops,
+            planner,
+            self._session,
+            clock=clock,
+            answer_s=self._timeouts.hop.answer_s,
+            between_steps=self._one_step,
+            reshaping=self._reshaping,
+        )
 
     # --- what callers see
     @property
@@ -272,7 +294,7 @@ class Chain:
                 try:
                     await self._open()
                     async with asyncio.TaskGroup() as own:
-                        watching = own.create_task(self._heartbeat())
+                        watching = own.create_task(self._watch.run())
                         await self._keep_whole()
                         watching.cancel()
                         await self._say_goodbye()
@@ -336,6 +358,10 @@ class Chain:
 
     async def _heal(self, patience: Patience) -> None:
         """Make the chain whole again. Raises NoRouteError that says what was tried."""
+        async with self._reshaping:
+            await self._fill_gaps(patience)
+
+    async def _fill_gaps(self, patience: Patience) -> None:
         hops = self._hops
         started_s = self._clock.monotonic_s()
         failures: list[HopFailed] = []
@@ -346,9 +372,10 @@ class Chain:
                 break
             try:
                 if gap is not None:
-                    fresh = await hops.fill(*gap, self._session, self._journal, excluded)
+                    resume = Resumption.of(self._session)
+                    fresh = await hops.fill(*gap, resume, self._journal, excluded)
                     if gap[0] == 0:
-                        await self._send_again(fresh[0])
+                        await self._send_again(fresh[0], resume.step)
                 else:
                     await self._mend_joint(self._broken_joints.pop())
             except HopFailed as error:
@@ -377,20 +404,25 @@ class Chain:
             return could_not_heal(gap, failures, last)
         return could_not_open(failures, last)
 
-    async def _send_again(self, first: Link) -> None:
-        """Steps without a result, to a first hop that has not seen them."""
-        for step in list(self._unanswered.values()):
-            try:
-                await first.connection.send(step)
-            except NetworkError as error:
-                raise HopFailed(first.hop, error) from error
+    async def _send_again(self, first: Link, resume_step: int) -> None:
+        """Steps from ``resume_step`` on, to a first hop that has not seen them."""
+        for step in self._sent:
+            if step.step >= resume_step:
+                try:
+                    await first.connection.send(step)
+                except NetworkError as error:
+                    raise HopFailed(first.hop, error) from error
 
     async def _mend_joint(self, link: Link) -> None:
         """Give ``link`` a new stream from the hop before, unless one of them turns out gone."""
         await self._clock.sleep(JOINT_GRACE_S)
         before = self._hops.previous_of(link) if link.failure is None else None
-        if before is not None:
-            await self._hops.join_again(before, link, self._session)
+        if before is None:
+            return
+        link.mended += 1
+        if link.mended > MENDS_WITHOUT_RESULT:
+            raise HopFailed(link.hop, NetworkError("cannot be joined to the hop before"))
+        await self._hops.join_again(before, link, self._session.resume_step)
 
     async def _break_off(self, error: SwarmError) -> None:
         """Healing failed: callers are told, and the next step begins with fresh hops."""
@@ -399,7 +431,7 @@ class Chain:
             self._hops.lose(link, failure)
         self._session.give_up()
         self._journal.cut(self._session.length)
-        self._unanswered.clear()
+        self._sent.clear()
         self._broken_joints.clear()
         for future in self._results.values():
             if not future.done():
@@ -469,6 +501,23 @@ class Chain:
         self._readers.add(reader)
         reader.add_done_callback(self._readers.discard)
 
+    def _start_moving(self, link: Link, wait_s: float) -> None:
+        if self._tasks is None or link in self._leaving:
+            return
+        self._leaving.add(link)
+        moving = self._tasks.create_task(self._move_away(link, wait_s))
+        self._readers.add(moving)
+        moving.add_done_callback(self._readers.discard)
+
+    async def _move_away(self, link: Link, wait_s: float) -> None:
+        """Move the session off a hop that leaves; what fails there heals when the hop is gone."""
+        try:
+            await asyncio.shield(self._opened)
+            if await self._moves.move_away(link, wait_s):
+                self._relayed += self._relayed_by_client(link)
+        except SwarmError as error:
+            log.info("cannot move from %s: %s", link.peer_id, error)
+
     async def _read(self, link: Link) -> None:
         try:
             while True:
@@ -506,6 +555,8 @@ class Chain:
                 await link.connection.send(Pong(nonce=message.nonce))
             case Error():
                 self._take_error(link, message)
+            case Draining():
+                self._start_moving(link, message.wait_ms / 1000)
             case _:
                 raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, type(message).__name__)
 
@@ -521,8 +572,7 @@ class Chain:
                     self._mend_after(link)
             case ErrorCode.PREVIOUS_HOP_LOST:
                 if before is not None and message.route_version == before.route_version:
-                    self._broken_joints.add(link)
-                    self._trouble.set()
+                    self._mend(link)
             case ErrorCode.NOT_NAMED_BY_SESSION:
                 log.debug("%s refused a probe", link.peer_id)
             case ErrorCode.STALE_STEP if self._session.is_answered(message.step):
@@ -531,8 +581,7 @@ class Chain:
                 before is not None
             ):
                 # Something between the two was lost or came twice: a new stream sorts it out.
-                self._broken_joints.add(link)
-                self._trouble.set()
+                self._mend(link)
             case _:
                 raise error
 
@@ -540,8 +589,12 @@ class Chain:
         links = self._hops.links
         index = links.index(link) + 1 if link in links else len(links)
         if index < len(links):
-            self._broken_joints.add(links[index])
-            self._trouble.set()
+            self._mend(links[index])
+
+    def _mend(self, link: Link) -> None:
+        """Give ``link`` a new stream from the hop before it, soon."""
+        self._broken_joints.add(link)
+        self._trouble.set()
 
     def _take_result(self, result: StepResult) -> None:
         issued = self._session.accept(result)
@@ -551,28 +604,14 @@ class Chain:
             self._hops.links, result.hop_queue_us, result.hop_compute_us, strict=False
         ):
             link.times = HopTimes(queue_us, compute_us)
+            link.speed.add(issued.tokens, (queue_us + compute_us) / 1e6)
+            link.computed_step = max(link.computed_step, issued.step)
+            link.mended = 0
         self._passes += 1
-        self._unanswered.pop(issued.step, None)
         future = self._results.pop(issued.step)
         if not future.done():
             future.set_result(result)
         self._may_issue.set()
-
-    async def _heartbeat(self) -> None:
-        nonce = 0
-        while True:
-            await self._clock.sleep(self._timeouts.heartbeat_s)
-            nonce += 1
-            now_s = self._clock.monotonic_s()
-            for link in tuple(self._hops.links):
-                if now_s - link.last_heard_s > self._timeouts.silence_s:
-                    self._hops.lose(link, HopFailed(link.hop, NetworkError("silent for too long")))
-                    await link.connection.close()
-                    continue
-                try:
-                    await link.connection.send(Ping(nonce=nonce))
-                except NetworkError as error:
-                    self._hops.lose(link, HopFailed(link.hop, error))
 
     # --- steps
     async def _send(
@@ -608,7 +647,8 @@ class Chain:
             row_order=row_order,
             deadline_ms=left_ms,
         )
-        self._unanswered[issued.step] = step
+        self._sent.append(step)
+        self._watch.wake()
         first = self._hops.links[0]
         try:
             await first.connection.send(step)
@@ -643,7 +683,7 @@ class Chain:
         if self._failure is not None:
             return
         self._failure = error
-        waiting = [self._opened, self._whole, *self._results.values()]
+        waiting: list[asyncio.Future[Any]] = [self._opened, self._whole, *self._results.values()]
         for future in waiting:
             if not future.done():
                 future.set_exception(error)

@@ -27,7 +27,9 @@ class Patience:
         self._heal_s = heal_s
         self._offline_s = offline_s
         self._started_s = clock.monotonic_s()
+        self._gives_up_s = self._started_s + heal_s
         self._pause_s = FIRST_PAUSE_S
+        self._is_last_round = False
 
     @classmethod
     def to_open(cls, clock: Clock) -> Patience:
@@ -72,15 +74,16 @@ def could_not_heal(
 ) -> NoRouteError:
     """Which blocks are lost, and what was tried to replace them."""
     blocks = tuple(range(*gap)) if gap is not None else ()
+    if isinstance(last, NoRouteError) and last.missing_blocks:
+        blocks = last.missing_blocks
     text = f"blocks {block_ranges(blocks)} are lost" if blocks else "two hops lost their connection"
     if last is not None:
         text += f": {last}"
     if failures:
         text += f"; tried: {_reasons(failures)}"
-    missing = last.missing_blocks if isinstance(last, NoRouteError) else ()
     return NoRouteError(
         f"{text}. What was generated so far is kept: resume when nodes with these blocks are back",
-        missing_blocks=missing or blocks,
+        missing_blocks=blocks,
         retry_after_ms=max((failure.retry_after_ms for failure in failures), default=0),
     )
 

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from swarm.client.link import HopFailed, Link
 from swarm.client.planner import Planner
@@ -26,6 +26,7 @@ from swarm.protocol.messages import (
     CloseSession,
     OpenSession,
     Replay,
+    RouteReady,
     SetPrevious,
     SetRoute,
 )
@@ -65,6 +66,26 @@ class HopTimeouts:
     """For answers to what a hop needs to dial its neighbour for."""
     replay_stall_s: float = 60.0
     """A hop that catches up may take long, but must get on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """Where a hop that takes another's place begins.
+
+    Taken once for all that is done about a gap: a result that still arrives meanwhile, from a hop
+    behind the gap, must not move it.
+    """
+
+    step: int
+    """The oldest step without a result, or the one that comes next."""
+    position: int
+    """Positions cached before that step."""
+    rows_as_of_step: int
+    """The client's own journal has its rows in the order that the steps up to this one set."""
+
+    @classmethod
+    def of(cls, session: ClientSession) -> Resumption:
+        return cls(session.resume_step, session.resume_position, session.last_issued_step)
 
 
 class NothingToReplay(SwarmError):
@@ -118,9 +139,14 @@ class Hops:
             covered = link.hop.end_block
         return (covered, self._number_of_blocks) if covered < self._number_of_blocks else None
 
-    def starts_with(self, link: Link) -> bool:
-        """Whether ``link`` is the hop that takes the client's steps."""
-        return bool(self.links) and self.links[0] is link and link.hop.first_block == 0
+    @property
+    def all_links(self) -> list[Link]:
+        """The hops of the chain, and those that are being filled to join it."""
+        return [*self.links, *self._fresh]
+
+    @property
+    def is_filling(self) -> bool:
+        return self._filling is not None
 
     def ends_with(self, link: Link) -> bool:
         """Whether results come from ``link``."""
@@ -133,9 +159,32 @@ class Hops:
         joined = before is not None and before.hop.end_block == link.hop.first_block
         return before if joined else None
 
+    def following(self, link: Link) -> Link | None:
+        """The hop that ``link`` sends to; None for the client, or for nobody while it is lost."""
+        return next((each for each in self.links if self.previous_of(each) is link), None)
+
+    def neighbours_of(self, link: Link) -> list[Link]:
+        """The hops on both sides of ``link``, as far as there are any."""
+        return [
+            other
+            for other in self.links
+            if other.hop.end_block == link.hop.first_block
+            or other.hop.first_block == link.hop.end_block
+        ]
+
+    def peers_around(self, link: Link) -> tuple[PeerId | None, PeerId | None]:
+        """The peers on both sides; None is the client."""
+        before = after = None
+        for other in self.neighbours_of(link):
+            if other.hop.end_block == link.hop.first_block:
+                before = other.peer_id
+            else:
+                after = other.peer_id
+        return before, after
+
     def blame(self, error: HopFailed) -> None:
         """Give up the hop that an error names, if it is part of the chain."""
-        for link in (*self.links, *self._fresh):
+        for link in self.all_links:
             if link.hop is error.hop:
                 self.lose(link, error)
                 return
@@ -168,7 +217,7 @@ class Hops:
         self,
         first_block: int,
         end_block: int,
-        session: ClientSession,
+        resume: Resumption,
         journal: Journal,
         excluded: Sequence[PeerId],
     ) -> list[Link]:
@@ -180,10 +229,11 @@ class Hops:
         filling: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._filling = filling
         work = asyncio.create_task(
-            self._fill(first_block, end_block, session, journal, tuple(excluded))
+            self._fill(first_block, end_block, resume, journal, tuple(excluded))
         )
         try:
-            await asyncio.wait({work, filling}, return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Future[Any]] = {work, filling}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 return await work
             await filling
@@ -200,7 +250,7 @@ class Hops:
         self,
         first_block: int,
         end_block: int,
-        session: ClientSession,
+        resume: Resumption,
         journal: Journal,
         excluded: tuple[PeerId, ...],
     ) -> list[Link]:
@@ -220,12 +270,11 @@ class Hops:
         )
         sources = [previous or own, *(hop.peer_id for hop in plan.hops)]
         fresh = await _all(
-            self._open(hop, source, session.resume_step)
+            self._open_fresh(hop, source, resume.step)
             for hop, source in zip(plan.hops, sources, strict=False)
         )
-        resume_position = session.resume_position
         if after is not None:
-            await self._ask_previous(after, fresh[-1])
+            await self.ask_previous(after, fresh[-1])
         targets = [*fresh[1:], after]
         await _all(
             self._set_route(
@@ -233,15 +282,23 @@ class Hops:
             )
             for link, target in zip(fresh, targets, strict=True)
         )
-        await self._replay(before, fresh, session, journal, resume_position)
+        await self._replay(before, fresh, resume, journal)
         for link in fresh:
             self._fresh.remove(link)
         self.links = sorted([*self.links, *fresh], key=lambda link: link.hop.first_block)
         return fresh
 
-    async def _open(self, hop: PlannedHop, previous: PeerId, first_step: int) -> Link:
+    async def _open_fresh(self, hop: PlannedHop, previous: PeerId, first_step: int) -> Link:
+        link = await self._open(hop, previous, first_step)
+        self._fresh.append(link)
+        self._on_open(link)
+        return link
+
+    async def _open(
+        self, hop: PlannedHop, previous: PeerId, first_step: int, state_from: str = ""
+    ) -> Link:
         request = self._request
-        link = await Link.open(
+        return await Link.open(
             self._transport,
             hop,
             OpenSession(
@@ -255,15 +312,13 @@ class Hops:
                 previous_peer=previous,
                 left_padding=request.left_padding,
                 first_step=first_step,
+                state_from=state_from,
             ),
             clock=self._clock,
             timeout_s=self._timeouts.open_s,
         )
-        self._fresh.append(link)
-        self._on_open(link)
-        return link
 
-    async def _ask_previous(self, link: Link, previous: Link) -> None:
+    async def ask_previous(self, link: Link, previous: Link) -> None:
         message = SetPrevious(route_version=self._version(), previous_peer=previous.peer_id)
         try:
             await link.set_previous(message, self._timeouts.answer_s)
@@ -306,12 +361,10 @@ class Hops:
         self,
         before: Sequence[Link],
         fresh: Sequence[Link],
-        session: ClientSession,
+        resume: Resumption,
         journal: Journal,
-        resume_position: int,
     ) -> None:
         """Fill the fresh hops' caches up to where the interrupted step begins, and resume."""
-        resume_step = session.resume_step if session.oldest_in_flight is not None else 0
         chain = [*before, fresh[0]]
         for index in range(len(before) - 1, -1, -1):
             source_is_nearest = index == len(before) - 1
@@ -319,21 +372,21 @@ class Hops:
                 await self._set_route(
                     chain[index],
                     chain[index + 1],
-                    resume_step=resume_step,
+                    resume_step=resume.step,
                     # Hops that compute again must reach where they were.
-                    replay_end=resume_position if source_is_nearest else MAX_TOKENS,
+                    replay_end=resume.position if source_is_nearest else MAX_TOKENS,
                 )
                 break
             except RemoteError:
                 log.info("%s has no journal any more", chain[index].peer_id)
                 await self._set_route(chain[index], chain[index + 1], forward_replays=True)
         else:
-            end = journal.length if before else resume_position
+            end = journal.length if before else resume.position
             if end and (journal.is_gone or journal.length < end):
                 raise NothingToReplay("what this session sent before is no longer kept")
-            await self._replay_own(chain[0], fresh[-1], journal, end, session.last_issued_step)
-        if resume_position:
-            await fresh[-1].replayed_to(resume_position, self._timeouts.replay_stall_s)
+            await self._replay_own(chain[0], fresh[-1], journal, end, resume.rows_as_of_step)
+        if resume.position:
+            await fresh[-1].replayed_to(resume.position, self._timeouts.replay_stall_s)
 
     async def _replay_own(
         self, first: Link, last: Link, journal: Journal, end: int, rows_as_of_step: int
@@ -358,18 +411,65 @@ class Hops:
             self.replayed_tokens += piece.shape[0] * piece.shape[1]
             self.replayed_bytes += len(piece.data)
 
+    # --- moving off a hop that leaves
+    async def open_in_place_of(self, leaving: Link, hop: PlannedHop, before: Link | None) -> Link:
+        """A hop that will take the state of ``leaving`` over; not yet part of the chain."""
+        previous = before.peer_id if before is not None else self._transport.peer_id
+        link = await self._open(hop, previous, 1, state_from=leaving.peer_id)
+        self._on_open(link)
+        return link
+
+    async def route(self, link: Link, target: Link) -> None:
+        """Let a hop that is not yet part of the chain send to one that is. Raises HopFailed."""
+        try:
+            await self._set_route(link, target)
+        except RemoteError as error:
+            raise HopFailed(link.hop, error) from error
+
+    async def prepare(self, before: Link, fresh: Link) -> int:
+        """Attach ``before`` to a hop that it will send to; returns the version of that route."""
+        version = self._version()
+        message = _route_to(fresh, version, prepare=1)
+        try:
+            await before.ask(message, RouteReady, version, self._timeouts.answer_s)
+        except RemoteError as error:
+            raise HopFailed(fresh.hop, error) from error
+        return version
+
+    async def switch(self, before: Link, fresh: Link, version: int) -> None:
+        """Put a prepared route into force. If it is not known whether it is, ``before`` is lost."""
+        try:
+            await before.set_route(_route_to(fresh, version), self._timeouts.answer_s)
+        except RemoteError as error:
+            raise HopFailed(fresh.hop, error) from error
+        except HopFailed as error:
+            self.lose(before, error)
+            raise
+
+    def swap(self, leaving: Link, fresh: Link) -> None:
+        """Put ``fresh`` in the place of ``leaving``, whose state it has."""
+        self.links[self.links.index(leaving)] = fresh
+
     # --- joints
-    async def join_again(self, before: Link, link: Link, session: ClientSession) -> None:
+    async def join_again(self, before: Link, link: Link, resume_step: int) -> None:
         """Give two hops a new stream between them; what was lost on the old one is sent again.
 
         Raises HopFailed for ``link`` when ``before`` cannot reach it.
         """
-        resume_step = session.resume_step if session.oldest_in_flight is not None else 0
         await self._set_route(before, link, resume_step=resume_step)
 
     def _version(self) -> int:
         self._last_version += 1
         return self._last_version
+
+
+def _route_to(link: Link, version: int, prepare: int = 0) -> SetRoute:
+    return SetRoute(
+        route_version=version,
+        next_peer=link.peer_id,
+        next_session_id=link.opened.session_id,
+        prepare=prepare,
+    )
 
 
 async def _all(work: Iterable[Coroutine[None, None, T]]) -> list[T]:

@@ -10,6 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TypeVar
 
+from swarm.client.hop_speed import HopSpeed
 from swarm.connection import Connection, remote_error
 from swarm.ports import Clock, Transport
 from swarm.protocol.errors import (
@@ -26,6 +27,7 @@ from swarm.protocol.messages import (
     HandedOver,
     Message,
     OpenSession,
+    Ping,
     Pong,
     PreviousSet,
     ProbeReport,
@@ -34,9 +36,17 @@ from swarm.protocol.messages import (
     SessionOpened,
     SetPrevious,
     SetRoute,
+    TakenOver,
 )
 from swarm.protocol.version import STREAM_PROTOCOL
 from swarm.routing import Hop as PlannedHop
+from swarm.suspicion import PhiAccrual
+
+SIGNS_INTERVAL_S = 0.5
+LEAST_DEVIATION_S = 0.12
+
+DIRECT_WITHIN_S = 1.0
+"""The stream lives as long as the session: so long it waits for a hole through routers."""
 
 Answer = RouteReady | PreviousSet | ProbeReport | HandedOver
 A = TypeVar("A", bound=Answer)
@@ -81,11 +91,22 @@ class Link:
         """What the hop said last of its progress."""
         self.computed_step = 0
         self.replayed_length = 0
-        self.last_heard_s = clock.monotonic_s()
+        self.mended = 0
+        """How often the stream from the hop before was made anew since the latest result."""
+        self.round_trip_s = 0.0
+        """Of the latest ping."""
+        self.speed = HopSpeed()
         self.failure: HopFailed | None = None
         self._clock = clock
-        self._expected: dict[tuple[type[Answer], int | str], asyncio.Future[Answer]] = {}
+        self._taken_over: asyncio.Future[TakenOver] = asyncio.get_running_loop().create_future()
+        self._expected: dict[tuple[type[Message], int | str], asyncio.Future[Answer]] = {}
         self._replayed = asyncio.Event()
+        self._signs = PhiAccrual(
+            SIGNS_INTERVAL_S, clock.monotonic_s(), least_deviation_s=LEAST_DEVIATION_S
+        )
+        self._ping: Ping | None = None
+        self._is_sending_ping = False
+        self._pinged_s = 0.0
 
     @classmethod
     async def open(
@@ -102,7 +123,12 @@ class Link:
         try:
             async with asyncio.timeout(timeout_s):
                 connection = Connection(
-                    await transport.open(hop.peer_id, STREAM_PROTOCOL, hop.addresses)
+                    await transport.open(
+                        hop.peer_id,
+                        STREAM_PROTOCOL,
+                        hop.addresses,
+                        direct_within_s=DIRECT_WITHIN_S,
+                    )
                 )
                 await connection.say_hello(request)
                 opened = await connection.receive_only(SessionOpened)
@@ -131,7 +157,7 @@ class Link:
         """The next message that is for the chain. Raises SwarmErrors of the stream."""
         while True:
             message = await self.connection.receive()
-            self.last_heard_s = self._clock.monotonic_s()
+            self._signs.heard(self._clock.monotonic_s())
             match message:
                 case RouteReady() | PreviousSet():
                     self._settle(type(message), message.route_version, message)
@@ -139,18 +165,50 @@ class Link:
                     self._settle(ProbeReport, message.peer, message)
                 case HandedOver():
                     self._settle(HandedOver, 0, message)
+                case TakenOver() if not self._taken_over.done():
+                    self._taken_over.set_result(message)
                 case Error() if message.route_version and self._refuse(message):
                     pass
                 case Replayed():
                     self.replayed_length = message.length
                     self._replayed.set()
                 case Pong():
+                    if self._ping is not None and message.nonce == self._ping.nonce:
+                        self.round_trip_s = self._clock.monotonic_s() - self._pinged_s
+                        self._ping = None
                     self.received_step = max(self.received_step, message.received_step)
                     self.computed_step = max(self.computed_step, message.computed_step)
                     return message
                 case _:
                     return message
 
+    # --- signs of life
+    @property
+    def is_pinging(self) -> bool:
+        """Whether a ping has not even been sent yet: the stream is congested, or worse."""
+        return self._is_sending_ping
+
+    async def ping(self, ping: Ping) -> None:
+        """Ask for a sign of life. Raises NetworkError."""
+        if self._ping is None:
+            self._ping, self._pinged_s = ping, self._clock.monotonic_s()
+        self._is_sending_ping = True
+        try:
+            await self.connection.send(ping)
+        finally:
+            self._is_sending_ping = False
+
+    def expect_signs(self, interval_s: float) -> None:
+        """From now on pings come this often; the silence so far counts for nothing."""
+        self._signs = PhiAccrual(
+            interval_s, self._clock.monotonic_s(), least_deviation_s=LEAST_DEVIATION_S
+        )
+
+    def phi(self) -> float:
+        """How unlikely the present silence is."""
+        return self._signs.phi(self._clock.monotonic_s())
+
+    # --- questions
     async def set_route(self, message: SetRoute, timeout_s: float) -> None:
         """Raises RemoteError when the hop refuses, HopFailed when it is gone."""
         self.route_version = message.route_version
@@ -183,6 +241,14 @@ class Link:
             raise TypeError(f"{type(answer).__name__} under the key of {kind.__name__}")
         return answer
 
+    async def took_over(self, timeout_s: float) -> TakenOver:
+        """What the hop has after another one has handed its state over. Raises HopFailed."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(self._taken_over)
+        except TimeoutError:
+            raise HopFailed(self.hop, NetworkError("does not say what it took over")) from None
+
     async def replayed_to(self, length: int, stall_s: float) -> None:
         """Wait until the hop has ``length`` positions again. Raises HopFailed.
 
@@ -208,6 +274,9 @@ class Link:
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # its waiter may have been cancelled
+        if not self._taken_over.done():
+            self._taken_over.set_exception(error)
+            self._taken_over.exception()  # nobody may be waiting
         self._replayed.set()
 
     def _settle(self, kind: type[Answer], key: int | str, answer: Answer) -> None:

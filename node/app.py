@@ -21,6 +21,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+from swarm.cached_peers import load_peers
+from swarm.clock_offset import ClockOffsets, CorrectedClock
 from swarm.membership import Announcer, coverage, read_nodes
 from swarm.node.addresses import for_people, for_record, is_public
 from swarm.node.board import Board
@@ -31,6 +33,7 @@ from swarm.node.neighbours import Neighbours
 from swarm.node.process import held_identity, leave_on_signals
 from swarm.node.service import NodeService, ServiceLimits
 from swarm.node.shifts import rested, shift
+from swarm.node.surroundings import Surroundings, remember_peers
 from swarm.node.view import NodeStatus, View
 from swarm.protocol.errors import ConfigError, NetworkError, SwarmError
 from swarm.protocol.identity import Identity
@@ -48,6 +51,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ANNOUNCE_TIMEOUT_S = 10.0
+COVERAGE_PERIOD_S = 5.0
 
 
 class Left(Exception):
@@ -86,8 +90,12 @@ async def run_seed(settings: SeedSettings, view: View) -> None:
             addresses = for_people(await network.addresses(), network.peer_id)
             board.update(state="online", peer_id=network.peer_id, addresses=addresses)
             view.ready(board.snapshot())
-            async with _guarded_by(network):
+            async with _guarded_by(network) as group:
+                remembering = group.create_task(
+                    remember_peers(network, LoopClock(), identity.peer_id, settings.peers_file)
+                )
                 await leaving.wait()
+                remembering.cancel()
 
     await _run(settings, view, NodeStatus(display_name=settings.display_name), life)
 
@@ -132,7 +140,8 @@ class _Node:
         self._identity = identity
         self._board = board
         self._leaving = leaving
-        self._clock = LoopClock()
+        self._clock_offsets = ClockOffsets(LoopClock())
+        self._clock = CorrectedClock(LoopClock(), self._clock_offsets)
 
     async def live(self) -> None:
         async with AsyncExitStack() as stack:
@@ -160,10 +169,13 @@ class _Node:
                     await self._unless_left(_announced(announcer))
                     self._board.update(state="online", coverage=_with_own(replicas, span))
                     self._view.ready(self._board.snapshot())
-                    refreshing = group.create_task(self._refresh(network, model, engine, announcer))
+                    around = self._surroundings(network, announcer)
+                    looking = group.create_task(around.run())
+                    refreshing = group.create_task(self._refresh(around, engine, announcer))
                     await self._leaving.wait()
                     await self._drain(announcer, service)
                     refreshing.cancel()
+                    looking.cancel()
 
     async def _unless_left(self, work: Awaitable[T]) -> T:
         return await _unless_left(self._leaving, work)
@@ -174,6 +186,7 @@ class _Node:
             opening = group.create_task(asyncio.to_thread(_open, self._settings))
             network = await _start_network(self._settings)
             stack.push_async_callback(network.close)
+            self._clock_offsets.believe(network.clock_offset_s)
             addresses = for_people(await network.addresses(), network.peer_id)
             self._board.update(state="joining", peer_id=network.peer_id, addresses=addresses)
         return network, opening.result()
@@ -253,7 +266,7 @@ class _Node:
             model_revision=revision,
             resolve=Neighbours(network, self._clock, revision).resolve,
             observer=self._board.metrics,
-            clock=self._clock,
+            clock=LoopClock(),  # peers are told what this computer's own clock says
             limits=ServiceLimits(
                 sessions=settings.max_sessions,
                 sessions_per_peer=settings.max_sessions_per_peer,
@@ -276,24 +289,27 @@ class _Node:
         except TimeoutError:
             log.warning("%d sessions end with this node", service.sessions)
 
+    def _surroundings(self, network: HivemindNetwork, announcer: Announcer) -> Surroundings:
+        return Surroundings(
+            self._identity,
+            network,
+            announcer,
+            clock=self._clock,
+            clock_offsets=self._clock_offsets,
+            peers_file=self._settings.peers_file,
+            on_clock=lambda text: self._board.update(clock=text),
+        )
+
     async def _refresh(
-        self,
-        network: HivemindNetwork,
-        model: OpenedModel,
-        engine: SpanEngine,
-        announcer: Announcer,
+        self, around: Surroundings, engine: SpanEngine, announcer: Announcer
     ) -> None:
         """Keep the announced load and the shown coverage young."""
-        total = model.checkpoint.number_of_blocks
+        await around.view.ready()
         while True:
-            await asyncio.sleep(self._settings.announce_period_s / 2)
             announcer.update(_with_load(announcer.record, engine))
-            try:
-                records = await read_nodes(network, model.checkpoint.revision, self._clock)
-            except NetworkError as error:
-                log.info("the directory does not answer: %s", error)
-                continue
-            self._board.update(coverage=tuple(coverage(records, total)))
+            covered = coverage(around.view.records(), announcer.record.number_of_blocks)
+            self._board.update(coverage=tuple(covered))
+            await asyncio.sleep(min(self._settings.announce_period_s / 2, COVERAGE_PERIOD_S))
 
 
 # --- parts of the start --------------------------------------------------------------------------
@@ -304,6 +320,7 @@ async def _start_network(settings: PeerSettings) -> HivemindNetwork:
         module.NetworkSettings(
             listen_addresses=settings.listen_addresses,
             initial_peers=settings.peers,
+            fallback_peers=load_peers(settings.peers_file),
             announce_addresses=settings.announce_addresses,
             relay_for_others=isinstance(settings, SeedSettings) and settings.relay,
             use_relays=isinstance(settings, NodeSettings) and settings.use_relay,

@@ -112,6 +112,11 @@ class PeerSettings:
         path = self.identity_path or self.data_dir / "identity.key"
         return path.expanduser()
 
+    @property
+    def peers_file(self) -> Path:
+        """Where peers of the last run are kept, for when none of ``peers`` answers."""
+        return self.identity_file.with_suffix(".peers")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSettings(PeerSettings):

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from swarm.clock_offset import describe_offset
 from swarm.node.addresses import is_public
 from swarm.node.config import NodeSettings
 from swarm.protocol.errors import SwarmError
@@ -52,6 +53,8 @@ class NetworkFacts:
     """What a started network reported before it was closed again."""
 
     addresses: tuple[str, ...]
+    clock_offset_s: float = 0.0
+    """By how much the peers' clocks are ahead of ours; 0 when they agree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +189,7 @@ def check_clock(probes: Probes) -> Check:
     )
 
 
-CLOCK_ADVICE = "keep NTP on: announcements of clocks that are 15 s off are dropped or die early"
+CLOCK_ADVICE = "keep NTP on: a node makes up for a wrong clock, but has to ask others for the time"
 
 
 def check_compute(settings: NodeSettings, probes: Probes) -> Check:
@@ -214,6 +217,9 @@ async def check_network(settings: NodeSettings, probes: Probes) -> list[Check]:
     else:
         advice = "give --peers, as printed by a seed, to check the way to the swarm"
         checks.append(Check("peers", "warn", "not checked: none given", advice))
+    if facts.clock_offset_s:
+        found = f"{describe_offset(facts.clock_offset_s)}, by the word of the peers"
+        checks.append(Check("clock of the swarm", "warn", found, CLOCK_ADVICE))
     checks.append(check_reachability(settings, facts.addresses))
     return checks
 

@@ -120,6 +120,8 @@ class StateSender:
     async def _send_cache(self, end: int) -> None:
         state, engine = self._state, self._state.engine
         first = self._moved
+        # The other side cuts its journal where the cache is written anew.
+        self._moved_journal = min(self._moved_journal, first)
         # What changes from here on lowers this again, also while it is being sent.
         self._moved = end
         for region in engine.pieces(state.cache, first, end):

@@ -365,6 +365,17 @@ class Hop:
         if previous is not None:
             await previous.close()
 
+    @property
+    def relayed_next_peer(self) -> PeerId | None:
+        """The next hop, when our stream to it goes through a relay."""
+        next_hop = self._route.next_hop
+        return next_hop.peer if next_hop is not None and next_hop.relayed else None
+
+    async def give_up_next_stream(self) -> None:
+        """Close it. The client is told, sets the route again, and nothing is lost."""
+        if self._route.next_hop is not None:
+            await self._route.next_hop.close()
+
     async def _watch(self, route: Route, next_hop: Connection) -> None:
         """Nothing but errors comes back from a next hop; its end must reach the client at once."""
         try:

@@ -73,7 +73,10 @@ class SystemProbes:
                 ),
             )
             try:
-                return NetworkFacts(addresses=tuple(await network.addresses()))
+                return NetworkFacts(
+                    addresses=tuple(await network.addresses()),
+                    clock_offset_s=network.clock_offset_s,
+                )
             finally:
                 await network.close()
 

@@ -77,7 +77,7 @@ class ServiceLimits:
     steps_in_flight: int = 4
     hello_timeout_s: float = 5.0
     attach_timeout_s: float = 5.0
-    probe_timeout_s: float = 1.5
+    probe_timeout_s: float = 1.0
     """How long a neighbour may take to answer when a client asks whether it is there."""
     silence_timeout_s: float = 30.0
     """A control stream without any frame (clients ping) for this long is dead."""
@@ -163,6 +163,19 @@ class NodeService:
         left_s = max(0.0, self._drain_ends_s - self._clock.monotonic_s())
         with contextlib.suppress(ProtocolError):  # it ends, or begins and is told then
             hop.start(hop.tell_draining(left_s))
+
+    async def leave_relays(self) -> None:
+        """Move streams between hops off relays as soon as holes are punched; until cancelled."""
+        while True:
+            await self._clock.sleep(LEAVE_RELAYS_PERIOD_S)
+            for hop in tuple(self._hops.values()):
+                peer = hop.relayed_next_peer
+                if peer is None:
+                    continue
+                with contextlib.suppress(NetworkError):
+                    if await self._transport.is_direct(peer):
+                        log.info("the next hop %s can be reached without a relay now", peer)
+                        await hop.give_up_next_stream()
 
     async def emptied(self) -> None:
         """Wait until no session is open."""

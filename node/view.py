@@ -67,6 +67,8 @@ class NodeStatus:
     refused: int = 0
     drain_left_s: float | None = None
     """How long a draining node will still wait for its sessions."""
+    clock: str = ""
+    """How far this computer's clock is off, in words; empty when it is right."""
     rests_until: str = ""
     """When a resting node goes on, local time."""
 
@@ -262,6 +264,8 @@ def render(status: NodeStatus) -> RenderableType:
         rows.add_row("cache", _cache(status))
     for number, line in enumerate(describe_absence(status)):
         rows.add_row("" if number else status.state, Text(line, "yellow"))
+    if status.clock:
+        rows.add_row("clock", Text(f"{status.clock}; the node makes up for it", "yellow"))
     rows.add_row("uptime", format_duration(status.uptime_s))
     rows.add_row("peer id", status.peer_id or "connecting")
     for number, address in enumerate(status.addresses):

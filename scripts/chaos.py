@@ -48,6 +48,7 @@ def run_matrix(options: argparse.Namespace, console: Console, hosts: Hosts | Non
         replicas=options.replicas,
         pairs=options.pairs,
         timing_rounds=options.timing_rounds,
+        last_replica=options.last_replica,
         logs=options.logs,
         json=options.json,
         hosts=hosts,
@@ -96,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     matrix.add_argument("--no-pairs", dest="pairs", action="store_false", help="never two at once")
     matrix.add_argument(
         "--timing-rounds", type=int, default=3, help="kills and freezes at 512 tokens of context"
+    )
+    matrix.add_argument(
+        "--no-last-replica",
+        dest="last_replica",
+        action="store_false",
+        help="never kill all nodes of a span",
     )
     matrix.add_argument("--replicas", type=int, default=3, help="nodes for each span")
     for command in (run, matrix):

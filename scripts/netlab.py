@@ -46,8 +46,14 @@ table ip lab {
         type nat hook postrouting priority srcnat
         oifname "lab0" masquerade
     }
+    chain in {
+        type filter hook input priority filter
+        iifname "lab0" ct state new drop
+    }
 }
 """
+"""What comes uninvited is dropped, as home routers do; otherwise it would take the port that a hole
+is to be punched from."""
 PROBE = Path(__file__).with_name("network_probe.py")
 
 

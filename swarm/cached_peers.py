@@ -15,7 +15,6 @@ from swarm.protocol.errors import ProtocolError
 from swarm.protocol.identity import PeerId, public_key_from_peer_id
 from swarm.protocol.records import NodeRecord
 
-FILE_NAME = "peers.txt"
 MAXIMUM_PEERS = 64
 ADDRESSES_PER_PEER = 3
 MAXIMUM_LINE = 256

@@ -63,6 +63,11 @@ class Connection:
         """The authenticated peer at the other end."""
         return self._stream.remote_peer
 
+    @property
+    def relayed(self) -> bool:
+        """Whether the bytes go through a third peer, which was the only way when it was opened."""
+        return self._stream.relayed
+
     async def __aenter__(self) -> Self:
         return self
 

@@ -59,7 +59,11 @@ CROWDED_SHARD = 128
 EMPTY_SHARD = 24
 """Fewer: propose half. Far below half of ``CROWDED_SHARD``, so that it does not swing."""
 SHARDS_PER_READ = 4
+ANNOUNCE_PERIOD_S = 30.0
+"""In a swarm of one shard, unless the owner says otherwise."""
 EXPIRY_PERIODS = 3
+FRESH_PERIODS = 2
+"""Of those that keep a key, each has an entry that lives longer than this, if it is up to date."""
 LONGEST_PERIOD_FACTOR = 4
 """How much rarer the nodes of the largest swarms announce than those of a swarm of one shard."""
 LEAVE_TIMEOUT_S = 3.0
@@ -91,7 +95,7 @@ class Announcer:
         record: NodeRecord,
         *,
         hidden_size: int,
-        announce_period_s: float = 30.0,
+        announce_period_s: float = ANNOUNCE_PERIOD_S,
     ) -> None:
         """``record`` needs no valid shards, sequence and expiry: they are filled in here.
 
@@ -167,7 +171,7 @@ class Announcer:
         now_s = self._clock.monotonic_s()
         if self._shards == 1 or now_s - self._index_read_s >= EXPIRY_PERIODS * self.period_s:
             revision = self._record.model_revision
-            self._index = await self._reader.index(revision, complete=False)
+            self._index = await self._reader.index(revision, until_unix_s=self._until())
             self._index_read_s = now_s
             if self._index:
                 self._shards = agreed_shards(self._index)
@@ -203,7 +207,7 @@ class Announcer:
         # Right after a change of the number, records of other shards still lie in the lower ones.
         neighbours = sum(
             shard_of(record.peer_id, self._shards) == own_shard
-            for record in await self._reader.read(key, complete=False)
+            for record in await self._reader.read(key, until_unix_s=self._until())
         )
         record = ModelIndexRecord(
             peer_id=self._identity.peer_id,
@@ -217,6 +221,10 @@ class Announcer:
         )
         value = sign_record(self._identity, record)
         await self._directory.store(model_index_key(), value, record.expires_unix_s)
+
+    def _until(self) -> float:
+        """A peer that keeps a key has an entry in it that lives for so long."""
+        return self._clock.unix_s() + FRESH_PERIODS * self.period_s
 
     def _next_sequence(self) -> int:
         """Grows across restarts too, since it follows the clock."""
@@ -232,10 +240,10 @@ class RecordReader:
         self._directory = directory
         self._clock = clock
 
-    async def read(self, key: str, *, complete: bool = True) -> list[Record]:
-        """All valid records under ``key``; ``complete`` as in ``ports.Directory``."""
+    async def read(self, key: str, *, until_unix_s: float = math.inf) -> list[Record]:
+        """All valid records under ``key``; ``until_unix_s`` as in ``ports.Directory``."""
         records = []
-        entries = await self._directory.get(key, complete=complete)
+        entries = await self._directory.get(key, until_unix_s=until_unix_s)
         now_unix_s = self._clock.unix_s()
         for peer_id, entry in entries.items():
             try:
@@ -253,12 +261,12 @@ class RecordReader:
         return records
 
     async def index(
-        self, model_revision: bytes | None = None, *, complete: bool = True
+        self, model_revision: bytes | None = None, *, until_unix_s: float = math.inf
     ) -> list[ModelIndexRecord]:
         """The list of models, or those of its records that list one model."""
         return [
             record
-            for record in await self.read(model_index_key(), complete=complete)
+            for record in await self.read(model_index_key(), until_unix_s=until_unix_s)
             if isinstance(record, ModelIndexRecord)
             and model_revision in (None, record.model_revision)
         ]

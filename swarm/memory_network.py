@@ -93,6 +93,7 @@ class MemoryNetwork:
         self._settings_of_link: dict[tuple[PeerId, PeerId], LinkSettings] = {}
         self._links: dict[tuple[PeerId, PeerId], _Link] = {}
         self._cuts: set[frozenset[PeerId]] = set()
+        self._relayed: set[frozenset[PeerId]] = set()
 
     def join(self, identity: Identity) -> MemoryPeer:
         """Add a peer; also one that crashed before, with nothing left of what it knew."""
@@ -129,6 +130,14 @@ class MemoryNetwork:
         for link in list(self._links.values()):
             link.release()
 
+    def relay(self, one: PeerId, other: PeerId) -> None:
+        """Streams that are opened between the two from now on count as relayed."""
+        self._relayed.add(frozenset((one, other)))
+
+    def punch(self, one: PeerId, other: PeerId) -> None:
+        """Undo ``relay``; streams that are open stay as they are."""
+        self._relayed.discard(frozenset((one, other)))
+
     def crash(self, peer_id: PeerId) -> None:
         """End a peer as by power failure: its handlers, streams and directory entries are gone."""
         peer = self._peers.pop(peer_id)
@@ -148,6 +157,9 @@ class MemoryNetwork:
 
     def is_cut(self, one: PeerId, other: PeerId) -> bool:
         return frozenset((one, other)) in self._cuts
+
+    def is_relayed(self, one: PeerId, other: PeerId) -> bool:
+        return frozenset((one, other)) in self._relayed
 
     def link(self, source: MemoryPeer, target: MemoryPeer) -> _Link:
         pair = (source.peer_id, target.peer_id)
@@ -354,8 +366,11 @@ class MemoryStream:
         outgoing: _Pipe,
         incoming: _Pipe,
         streams: dict[MemoryStream, None],
+        *,
+        relayed: bool,
     ) -> None:
         self._remote_peer = remote_peer
+        self._relayed = relayed
         self._outgoing = outgoing
         self._incoming = incoming
         self._closed = False
@@ -365,6 +380,10 @@ class MemoryStream:
     @property
     def remote_peer(self) -> PeerId:
         return self._remote_peer
+
+    @property
+    def relayed(self) -> bool:
+        return self._relayed
 
     async def send(self, *buffers: Buffer) -> None:
         for buffer in buffers:
@@ -416,7 +435,12 @@ class MemoryPeer:
         self.handlers[protocol] = handler
 
     async def open(
-        self, peer: PeerId, protocol: str, addresses: Sequence[str] = ()
+        self,
+        peer: PeerId,
+        protocol: str,
+        addresses: Sequence[str] = (),
+        *,
+        direct_within_s: float = 0.0,
     ) -> MemoryStream:
         network = self._network
         target = network.peer(peer)
@@ -432,8 +456,15 @@ class MemoryPeer:
             raise PeerUnreachable(f"{peer} does not serve {protocol}")
         there, back = _Pipe(network, self, target), _Pipe(network, target, self)
         there.opposite, back.opposite = back, there
-        target.accept(MemoryStream(self._peer_id, back, there, target.streams), handler)
-        return MemoryStream(peer, there, back, self.streams)
+        relayed = network.is_relayed(self._peer_id, peer)
+        theirs = MemoryStream(self._peer_id, back, there, target.streams, relayed=relayed)
+        target.accept(theirs, handler)
+        return MemoryStream(peer, there, back, self.streams, relayed=relayed)
+
+    async def is_direct(self, peer: PeerId) -> bool | None:
+        if self._network.peer(peer) is None:
+            return None
+        return not self._network.is_relayed(self._peer_id, peer)
 
     async def store(self, key: str, value: bytes, expires_unix_s: float) -> bool:
         network = self._network
@@ -448,11 +479,13 @@ class MemoryPeer:
         network.record(f"store {self.index}")
         return any([replica.keep(key, self._peer_id, entry) for replica in replicas])  # noqa: C419
 
-    async def get(self, key: str, *, complete: bool = True) -> Mapping[PeerId, DirectoryEntry]:
+    async def get(
+        self, key: str, *, until_unix_s: float = math.inf
+    ) -> Mapping[PeerId, DirectoryEntry]:
         network = self._network
         asked = self._nearest(key, network.settings.directory_reads)
-        if not complete:
-            asked = self._first_holder(key, asked)
+        if until_unix_s < math.inf:
+            asked = self._first_holder(key, asked, until_unix_s)
         await self._ask(asked)
         network.record(f"get {self.index}")
         found: dict[PeerId, DirectoryEntry] = {}
@@ -470,13 +503,22 @@ class MemoryPeer:
     def _nearest(self, key: str, count: int) -> list[MemoryPeer]:
         return list(islice(self._network.nearest(key, self), count)) if self._alive else []
 
-    def _first_holder(self, key: str, nearest: list[MemoryPeer]) -> list[MemoryPeer]:
-        """Those who are asked until somebody keeps the key; we may keep it ourselves."""
-        if self.live_entries(key):
+    def _first_holder(
+        self, key: str, nearest: list[MemoryPeer], until_unix_s: float
+    ) -> list[MemoryPeer]:
+        """Those who are asked until somebody's entries last long enough; we may keep them too."""
+        if self.keeps_until(key) > until_unix_s:
             return [self]
-        holders = [peer for peer in nearest if peer.live_entries(key)]
-        guides = [peer for peer in reversed(nearest) if peer not in holders]
-        return [*guides[: LOOKUP_ROUNDS - 1], holders[0]] if holders else nearest[:QUICK_READS]
+        holder = next((peer for peer in nearest if peer.keeps_until(key) > until_unix_s), None)
+        if holder is None:
+            return nearest[:QUICK_READS]
+        guides = [peer for peer in reversed(nearest) if not peer.entries.get(key)]
+        return [*guides[: LOOKUP_ROUNDS - 1], holder]
+
+    def keeps_until(self, key: str) -> float:
+        """When the last entry that is kept here under ``key`` expires."""
+        entries = self.entries.get(key)
+        return max(entry.expires_unix_s for entry in entries.values()) if entries else 0.0
 
     def _count(self, other: MemoryPeer, sent_bytes: int, received_bytes: int) -> None:
         if other is not self:

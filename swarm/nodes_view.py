@@ -16,7 +16,13 @@ import random
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from swarm.membership import RecordReader, agreed_shards, announce_period_s
+from swarm.membership import (
+    ANNOUNCE_PERIOD_S,
+    FRESH_PERIODS,
+    RecordReader,
+    agreed_shards,
+    announce_period_s,
+)
 from swarm.ports import Clock, Directory
 from swarm.protocol.errors import NetworkError
 from swarm.protocol.identity import PeerId
@@ -191,18 +197,26 @@ class NodesView:
         return max(self._settings.refresh_s, size_bytes / self._settings.bytes_per_s)
 
     async def _read_shards(self, spread_s: float) -> None:
-        self._follow(agreed_shards(await self._reader.index(self._revision, complete=False)))
+        self._follow(
+            agreed_shards(await self._reader.index(self._revision, until_unix_s=self._until()))
+        )
         chosen = self._choose_shards()
         for shard in chosen:
-            found = await self._reader.read(shard_key(self._revision, shard), complete=False)
-            self._add(found)
+            self._add(await self._read_shard(shard))
             if spread_s:
                 await self._clock.sleep(spread_s / len(chosen))
         self.shards_read = len(chosen)
         self._passes += 1
-        self._forget_expired()
-        self._judge()
         self._read.set()
+
+    async def _read_shard(self, shard: int) -> list[Record]:
+        key = shard_key(self._revision, shard)
+        return await self._reader.read(key, until_unix_s=self._until())
+
+    def _until(self) -> float:
+        """A peer that keeps a shard has an entry in it that lives for so long."""
+        period_s = announce_period_s(ANNOUNCE_PERIOD_S, self.shards)
+        return self._clock.unix_s() + FRESH_PERIODS * period_s
 
     def _follow(self, agreed: int) -> None:
         """A lower number counts when no record of the time before can be alive any more."""
@@ -231,7 +245,10 @@ class NodesView:
         groups = tombstone_groups(self.shards)
         group = self._next_group % groups
         self._next_group = group + 1
-        found = await self._reader.read(tombstone_key(self._revision, group), complete=False)
+        key = tombstone_key(self._revision, group)
+        # Later than anything lives: asks all that keep the key, but goes no further.
+        until_unix_s = self._clock.unix_s() + MAX_LIFETIME_S
+        found = await self._reader.read(key, until_unix_s=until_unix_s)
         self._testimonies = {
             number: known for number, known in self._testimonies.items() if number < groups
         }
@@ -244,13 +261,12 @@ class NodesView:
         self._looks_since_lost = looks
         shards = {shard_of(peer, self.shards) for peer, count in looks.items() if count == 2}
         for shard in sorted(shards):
-            self._add(await self._reader.read(shard_key(self._revision, shard), complete=False))
-        if shards:
-            self._judge()
+            self._add(await self._read_shard(shard))
 
     # --- bookkeeping -----------------------------------------------------------------------------
     def _add(self, records: Collection[Record]) -> None:
         now_s, now_unix_s = self._clock.monotonic_s(), self._clock.unix_s()
+        came_back = False
         for record in records:
             if not isinstance(record, NodeRecord) or record.model_revision != self._revision:
                 continue
@@ -260,10 +276,13 @@ class NodesView:
                 self._known[record.peer_id] = KnownNode(record, now_s, first_seen_unix_s)
             elif known.record.sequence < record.sequence:
                 self._known[record.peer_id] = replace(known, record=record, read_s=now_s)
+                came_back = came_back or record.peer_id in self._tombstones.lost
         excess = len(self._known) - self._settings.maximum_nodes
         if excess > 0:
             for peer in sorted(self._known, key=lambda peer: self._known[peer].read_s)[:excess]:
                 del self._known[peer]
+        if came_back:
+            self._judge()
 
     def _forget_expired(self) -> None:
         now_unix_s = self._clock.unix_s()

@@ -51,6 +51,8 @@ class PlacementSettings:
     """A swarm with less has no nodes to spare for borders."""
     patience_s: float = 3600.0
     """A span that loads so long is worth half."""
+    urgent_patience_s: float = 300.0
+    """The same while some block has no node: then soon is better than good."""
     hysteresis: float = 2.0
     """A move must gain so many fair shares of the potential."""
     safe_replicas: int = 2
@@ -212,7 +214,8 @@ def decide_move(
     replicas = others.replicas.copy()
     replicas[node.first_block : node.end_block] += node.availability
     scarce = bool(replicas.mean() < settings.scarce_replicas)
-    patience_s = settings.patience_s
+    urgent = bool((others.planned == 0).any())
+    patience_s = settings.urgent_patience_s if urgent else settings.patience_s
     here = float(gains(others, node, hosted, settings)[node.first_block])
     there = gains(others, node, size, settings)
     load_span_s = _sums(load_s, size)

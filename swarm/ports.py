@@ -6,6 +6,7 @@ Nothing else in the project knows how bytes travel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,10 @@ class Stream(Protocol):
     @property
     def remote_peer(self) -> PeerId:
         """Who is at the other end. The only thing about a peer that needs no checking."""
+
+    @property
+    def relayed(self) -> bool:
+        """Whether a third peer passes the bytes on; so it stays, also when a better way is found."""
 
     async def send(self, *buffers: Buffer) -> None:
         """Send the buffers one after the other; waits while the link is congested.
@@ -51,8 +56,25 @@ class Transport(Protocol):
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
         """Run ``handler`` for each stream that peers open for ``protocol``; it owns the stream."""
 
-    async def open(self, peer: PeerId, protocol: str, addresses: Sequence[str] = ()) -> Stream:
-        """Dial ``peer`` (``addresses`` are hints). Raises PeerUnreachable."""
+    async def open(
+        self,
+        peer: PeerId,
+        protocol: str,
+        addresses: Sequence[str] = (),
+        *,
+        direct_within_s: float = 0.0,
+    ) -> Stream:
+        """Dial ``peer`` (``addresses`` are hints). Raises PeerUnreachable.
+
+        Peers behind routers are reached through a relay at once, and directly as soon as a hole is
+        punched. For streams that live long it is worth waiting for that, for ``direct_within_s``.
+        """
+
+    async def is_direct(self, peer: PeerId) -> bool | None:
+        """Whether a stream that is opened now needs no relay; None without a connection.
+
+        Raises PeerUnreachable when the network itself does not answer.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +91,15 @@ class Directory(Protocol):
     async def store(self, key: str, value: bytes, expires_unix_s: float) -> bool:
         """Store our own entry (the subkey is our peer id). False when no peer took it."""
 
-    async def get(self, key: str, *, complete: bool = True) -> Mapping[PeerId, DirectoryEntry]:
+    async def get(
+        self, key: str, *, until_unix_s: float = math.inf
+    ) -> Mapping[PeerId, DirectoryEntry]:
         """The latest entries under ``key`` that passed validation; empty when there are none.
 
-        ``complete=False`` takes the word of the first peer that keeps the key, where otherwise all
-        of them are asked: a fraction of the traffic, and some entries may be missing or older.
+        Asks all peers that should keep the key. With ``until_unix_s`` it stops at the first one
+        that has an entry which expires later: a fraction of the traffic. A peer that kept the key
+        once, but is not told of new entries any more, soon answers no such question; still, some
+        entries may be missing or older.
         """
 
 

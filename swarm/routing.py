@@ -326,6 +326,20 @@ def candidate(
     )
 
 
+def charged_s(step_s: float, reported_s: Sequence[float], places: Sequence[Place]) -> list[float]:
+    """How long each hop of a chain took for a step that the client saw take ``step_s``.
+
+    ``reported_s`` is the hops' own word. Time that neither this nor the links explain is charged to
+    all hops alike: who reports less than it took gains nothing where it is the only liar, and
+    honest hops meet it in one chain only.
+    """
+    way = [CLIENT, *places, CLIENT]
+    links_s = sum(one_way_s(one, other) for one, other in pairwise(way))
+    explained_s = links_s + sum(reported_s) + HAND_OVER_S * len(places)
+    unexplained_s = max(0.0, step_s - explained_s) / len(places)
+    return [hop_s + unexplained_s for hop_s in reported_s]
+
+
 # --- the chain -----------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class _Visit:

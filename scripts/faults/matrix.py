@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from scripts.faults.arena import Arena, Fighter, until
+from scripts.faults.last_replica import lose_all_replicas
 from scripts.faults.moments import HEALED_AFTER_TOKENS, Moment, Trigger
 from scripts.faults.network import OFFLINE, OFFLINE_S, Hosts
 from scripts.faults.processes import Kill
@@ -53,6 +54,7 @@ class MatrixPlan:
     replicas: int = 3
     pairs: bool = True
     timing_rounds: int = 3
+    last_replica: bool = True
     logs: Path | None = None
     json: Path | None = None
     hosts: Hosts | None = None
@@ -79,7 +81,7 @@ class Outcome:
 
     case: Case
     stall_s: float | None = None
-    """From the fault to the next token; None when there was no token after it."""
+    """Of the user; see ``Session.stall_s``."""
     duration_s: float = 0.0
     heals: int = 0
     replayed_tokens: int = 0
@@ -360,6 +362,11 @@ def run_matrix(plan: MatrixPlan, console: Console) -> bool:
                 timed = await matrix.timed(long, plan.timing_rounds, plan.stages)
                 outcomes.extend(outcome for outcome, _ in timed)
                 limits.extend(line for _, line in timed)
+            if plan.last_replica:
+                for stage in plan.stages:
+                    seen = await lose_all_replicas(arena, watched, plain, stage)
+                    limits.append(f"last replica of hop {stage} killed: {seen.error}")
+                    problems.extend(f"last replica of hop {stage}: {one}" for one in seen.problems)
             problems.extend(await matrix.leftovers())
         finally:
             await watched.close()

@@ -1,13 +1,12 @@
 """Faults on the processes of a node: killed, frozen, slowed down, asked to leave.
 
-Applying one takes microseconds and never waits, so that it happens at the moment that was chosen,
-even from a callback on an event loop.
+Applying one takes well under a millisecond and never waits, so that it happens at the moment that
+was chosen, even from a callback on an event loop.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -64,9 +63,9 @@ class Processes:
 
 
 def _send(process: psutil.Process, number: signal.Signals) -> None:
-    # Not psutil's own method: it asks /proc first, and a fault must not take that long.
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, number)
+    # psutil makes sure that the pid is still that of the process.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
 
 
 class Kill:

@@ -51,6 +51,10 @@ class WatchedStream:
     def remote_peer(self) -> PeerId:
         return self._stream.remote_peer
 
+    @property
+    def relayed(self) -> bool:
+        return self._stream.relayed
+
     async def send(self, *buffers: Buffer) -> None:
         payload_follows = False
         for buffer in buffers:
@@ -86,11 +90,20 @@ class WatchedNetwork:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._network, name)
 
-    async def open(self, peer: PeerId, protocol: str, addresses: Sequence[str] = ()) -> Stream:
+    async def open(
+        self,
+        peer: PeerId,
+        protocol: str,
+        addresses: Sequence[str] = (),
+        *,
+        direct_within_s: float = 0.0,
+    ) -> Stream:
         self._listener(Event("dialling", peer=peer))
-        stream = WatchedStream(await self._network.open(peer, protocol, addresses), self._listener)
+        stream = await self._network.open(
+            peer, protocol, addresses, direct_within_s=direct_within_s
+        )
         self._listener(Event("dialled", peer=peer))
-        return stream
+        return WatchedStream(stream, self._listener)
 
 
 class WatchedChain:

@@ -7,6 +7,7 @@ asynchronous generation and transformers' ``generate`` (prompt lookup) run side 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 import tempfile
 import time
@@ -26,7 +27,7 @@ from swarm.client.app import Network, SwarmClient
 from swarm.client.background import BackgroundLoop
 from swarm.client.config import SamplingSettings
 from swarm.client.ends import ModelEnds, read_generation_config, remote_blocks
-from swarm.client.generate import LocalModel, stream_generate
+from swarm.client.generate import LocalModel, TextSession, stream_generate
 from swarm.client.metrics import ClientMetrics
 from swarm.client.model import SwarmModelForCausalLM
 from swarm.protocol.identity import Identity, PeerId
@@ -77,8 +78,15 @@ class Session:
         return tuple(self.tokens) == expected[: len(self.tokens)]
 
     def stall_s(self, since_s: float) -> float | None:
-        """From a time to the next token after it; None when there was none any more."""
-        return next((at_s - since_s for at_s in self.times_s if at_s >= since_s), None)
+        """The wait for the next token after a fault, or for the one after it if that was longer.
+
+        The next one may have been on its way already, past the node that was hit. None when there
+        was no token any more.
+        """
+        after = [at_s for at_s in self.times_s if at_s >= since_s][:2]
+        if not after:
+            return None
+        return max(later - one for one, later in itertools.pairwise([since_s, *after]))
 
 
 def make_tasks(
@@ -158,6 +166,12 @@ class Watched:
             await self.client.close()
         self._local.close()
         self._folder.cleanup()
+
+    def text_session(self, task: Task) -> TextSession:
+        """A session that may outlive an error. Connect first."""
+        if self.client is None:
+            raise RuntimeError("connect first")
+        return TextSession(self.client, self._local, len(task.prompt) + len(task.answer) + 1)
 
     async def run(self, task: Task, started: Callable[[Session], None] | None = None) -> Session:
         """One generation. An error ends up in the session; ``started`` sees it before it begins."""

@@ -96,7 +96,9 @@ class Soak:
         self.memory: dict[str, list[tuple[float, int]]] = {}
         """Resident bytes of each node by its age in seconds."""
         self.started_s = time.monotonic()
-        self._tasks_at_rest = 0
+        self._online = asyncio.Event()
+        self._online.set()
+        self._offline_s: list[tuple[float, float]] = []
 
     async def warm_up(self) -> None:
         """Each task once without faults; what is wrong then was wrong before."""
@@ -106,10 +108,10 @@ class Soak:
             times = session.times_s
             self.undisturbed_step_s += [later - one for one, later in itertools.pairwise(times)]
         self.problems += await self._arena.leaks(LEAK_TIMEOUT_S)
-        self._tasks_at_rest = len(asyncio.all_tasks())
 
     async def run(self) -> None:
         """Run for the planned time, then let sessions finish and look for what is left."""
+        tasks_at_rest = len(asyncio.all_tasks())
         self.started_s = time.monotonic()
         async with asyncio.TaskGroup() as group:
             for number in range(self._plan.sessions):
@@ -125,15 +127,17 @@ class Soak:
         leaks = await self._arena.leaks(LEAK_TIMEOUT_S)
         self.problems += [f"left behind: {leak}" for leak in leaks]
         left = len(asyncio.all_tasks())
-        if left > self._tasks_at_rest:
-            self.problems.append(f"{left} tasks of the client, {self._tasks_at_rest} at rest")
+        if left > tasks_at_rest:
+            self.problems.append(f"{left} tasks of the client, {tasks_at_rest} at rest")
         for name, growth in self.growth_mb_per_hour().items():
             if growth > FLAT_MB_PER_HOUR:
                 self.problems.append(f"the memory of {name} grows by {growth:.0f} MB an hour")
 
     async def _converse(self, dice: random.Random) -> None:
         while not self._ending.is_set():
+            await self._online.wait()
             session = None
+            started_s = time.monotonic()
             try:
                 async with asyncio.timeout(FINISH_TIMEOUT_S):
                     session = await self._watched.run(dice.choice(self._tasks), self._running.add)
@@ -141,7 +145,7 @@ class Soak:
                 self.problems.append(f"a session did not end within {FINISH_TIMEOUT_S:.0f} s")
             for ended in [one for one in self._running if one.ended]:
                 self._running.discard(ended)
-            if session is not None:
+            if session is not None and not self._could_not_begin(session, started_s):
                 self._judge(session)
 
     async def _break(self) -> None:
@@ -168,7 +172,12 @@ class Soak:
     async def _lose_network(self) -> None:
         sessions = list(self._running)
         since_s = time.monotonic() - self.started_s
-        back_s = await self._arena.client_offline(OFFLINE_S)
+        self._online.clear()
+        try:
+            back_s = await self._arena.client_offline(OFFLINE_S)
+        finally:
+            self._online.set()
+        self._offline_s.append((back_s - OFFLINE_S, back_s))
         # What a user waits after the network is back is what we can be blamed for.
         self.happened.append(Happened(OFFLINE, "client", since_s, back_s, sessions))
 
@@ -182,6 +191,14 @@ class Soak:
                     ages.append((now_s - fighter.started_s, resident))
             self.recomputed = await self._arena.recomputed_tokens()
             await asyncio.sleep(MEMORY_PERIOD_S)
+
+    def _could_not_begin(self, session: Session, started_s: float) -> bool:
+        """Without a network no session can be opened; those that are open must survive it."""
+        now_s = time.monotonic()
+        offline = not self._online.is_set() or any(
+            gone_s < now_s and started_s < back_s for gone_s, back_s in self._offline_s
+        )
+        return offline and session.error is not None and not session.times_s
 
     def _judge(self, session: Session) -> None:
         self.finished += 1

@@ -41,6 +41,8 @@ class NetworkSettings:
     """Multiaddresses to listen on. QUIC beside TCP, since hole punching succeeds over QUIC."""
     initial_peers: tuple[str, ...] = ()
     """Multiaddresses ending in ``/p2p/...`` of peers that are in the swarm; empty for the first."""
+    fallback_peers: tuple[str, ...] = ()
+    """Tried when none of ``initial_peers`` answers: peers of an earlier run."""
     announce_addresses: tuple[str, ...] = ()
     """What others are told to dial, where it differs from what we listen on."""
     serve_directory: bool = True

@@ -18,6 +18,7 @@ from hivemind.proto import dht_pb2
 from hivemind.utils.serializer import MSGPackSerializer, SerializerBase
 from hivemind.utils.timed_storage import ValueWithExpiration
 
+from swarm.hivemind_network.dht_clock import DHT_CLOCK
 from swarm.protocol.errors import RecordError
 from swarm.protocol.identity import PeerId
 from swarm.record_validation import MAX_ENTRIES_PER_KEY, MAX_KEYS, RecordChecker
@@ -87,7 +88,7 @@ class SignedRecords(RecordValidatorBase):  # type: ignore[misc]
                 PeerId(subkey),
                 value,
                 record.expiration_time,
-                now_unix_s=time.time(),
+                now_unix_s=DHT_CLOCK.unix_s(),
             )
         except RecordError as error:
             logger.debug("dropped a record of %s: %s", subkey[:64], error.detail)
@@ -135,6 +136,17 @@ class SwarmDirectory(DHTProtocol):  # type: ignore[misc]
         # hide what the storage holds.
         protocol.storage = protocol.cache = BoundedStorage()
         return protocol
+
+    async def clock_offset_s(self, peer: PeerID) -> float | None:
+        """By how much the peer's clock is ahead of this computer's; None without an answer."""
+        request = dht_pb2.PingRequest(peer=self.node_info, validate=False)
+        asked_unix_s = time.time()
+        try:
+            answer = await self.get_stub(peer).rpc_ping(request, timeout=self.wait_timeout)
+        except Exception as error:  # as hivemind's own calls: whatever its layers raise
+            logger.debug("%s does not say the time: %s", peer, error)
+            return None
+        return float(answer.dht_time - (asked_unix_s + time.time()) / 2)
 
     def get_stub(self, peer: PeerID) -> Any:
         if self.closed:

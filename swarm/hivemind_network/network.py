@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
 from swarm.addresses import is_global, is_loopback, is_relayed
 from swarm.hivemind_network.daemon import NetworkSettings, cancel_all
+from swarm.hivemind_network.dht_clock import DHT_CLOCK, agreed_offset_s
 from swarm.hivemind_network.listening import with_ports, with_quic, with_quic_of_others
 from swarm.hivemind_network.peer import LocalPeer
 from swarm.hivemind_network.reachability import DialBack, ask_to_dial_back, is_behind_router
@@ -46,10 +48,13 @@ RESTART_WINDOW_S = 600.0
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
 ADDRESS_CHECK_S = 5.0
+PUNCHING_PORT = "/ip4/0.0.0.0/udp/0/quic-v1"
+"""Holes are punched from ports that listen, so peers that nobody dials need one too."""
 FIRST_RELAY_TIMEOUT_S = 5.0
 DIAL_BACK_TIMEOUT_S = 20.0
-QUICK_BEAM = 4
-"""So many of the nearest peers are followed when a read need not be complete."""
+DIRECT_CHECK_S = 0.05
+QUICK_BEAM = 5
+"""So many of the nearest peers are followed when a read need not be complete: who keeps a key."""
 
 
 class HivemindNetwork:
@@ -71,7 +76,7 @@ class HivemindNetwork:
         self._addresses_changed = asyncio.Event()
         self._relays: RelayKeeper | None = None
         if settings.use_relays and behind_router:
-            known = settings.relays or settings.initial_peers
+            known = settings.relays or settings.initial_peers or settings.fallback_peers
             self._relays = RelayKeeper(known, lambda: self._p2p, self._addresses_changed.set)
 
     @classmethod
@@ -81,11 +86,13 @@ class HivemindNetwork:
         Behind a router it takes a place at a relay first, if there is one. Raises NetworkError when
         the daemon does not start or no initial peer answers.
         """
-        listen = with_quic(settings.listen_addresses)
-        settings = replace(settings, listen_addresses=listen)
         behind_router = not (
             settings.relay_for_others or settings.announce_addresses
-        ) and is_behind_router(listen, settings.initial_peers)
+        ) and is_behind_router(settings.initial_peers or settings.fallback_peers)
+        listen = with_quic(settings.listen_addresses)
+        if behind_router and all(map(is_loopback, listen)):
+            listen = (*listen, PUNCHING_PORT)
+        settings = replace(settings, listen_addresses=listen)
         local = await LocalPeer.start(identity_path, settings, behind_router=behind_router)
         network = cls(local, identity_path, settings, behind_router)
         try:
@@ -124,8 +131,12 @@ class HivemindNetwork:
 
     async def addresses(self) -> Sequence[str]:
         """Where others dial us, through relays or not."""
-        relayed = self._relays.addresses if self._relays is not None else ()
-        return [*await own_addresses(self._p2p), *relayed]
+        own = await own_addresses(self._p2p)
+        if self._behind_router:
+            # As others see us: the router lets nobody in there, and an attempt spoils the hole
+            # that is punched later.
+            own = [address for address in own if not is_global(address)]
+        return [*own, *(self._relays.addresses if self._relays is not None else ())]
 
     async def addresses_changed(self, known: Sequence[str]) -> Sequence[str]:
         """Wait until the addresses are others than ``known``, in whatever order."""
@@ -204,7 +215,12 @@ class HivemindNetwork:
         await self._p2p.add_binary_stream_handler(protocol, accept)
 
     async def open(
-        self, peer: PeerId, protocol: str, addresses: Sequence[str] = ()
+        self,
+        peer: PeerId,
+        protocol: str,
+        addresses: Sequence[str] = (),
+        *,
+        direct_within_s: float = 0.0,
     ) -> HivemindStream:
         """Dial ``peer``; the hints in ``addresses`` help while the network does not know it yet."""
         try:
@@ -214,6 +230,9 @@ class HivemindNetwork:
                     with contextlib.suppress(PeerUnreachable):
                         await connect(self._p2p, peer, addresses)
                 opened = await open_stream(self._p2p, peer, protocol)
+                if opened.connection.relayed and await self._punched(peer, direct_within_s):
+                    opened.writer.transport.abort()
+                    opened = await open_stream(self._p2p, peer, protocol)
                 relayed = opened.connection.relayed
                 return HivemindStream(peer, opened.reader, opened.writer, relayed=relayed)
         except TimeoutError as error:
@@ -221,14 +240,27 @@ class HivemindNetwork:
                 f"{peer} did not answer within {self._settings.dial_timeout_s:g} s"
             ) from error
 
+    async def _punched(self, peer: PeerId, patience_s: float) -> bool:
+        """Wait until ``peer`` can be reached directly, unless that cannot come."""
+        if patience_s <= 0 or not any(map(is_global, await own_addresses(self._p2p))):
+            return False  # without an address that others see the daemon punches no holes
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                while not await self.is_direct(peer):
+                    await asyncio.sleep(DIRECT_CHECK_S)
+                return True
+        return False
+
     async def store(self, key: str, value: bytes, expires_unix_s: float) -> bool:
         await self._rejoin_when_alone()
         return bool(await self._node.store(key, value, expires_unix_s, subkey=self._peer_id))
 
-    async def get(self, key: str, *, complete: bool = True) -> Mapping[PeerId, DirectoryEntry]:
+    async def get(
+        self, key: str, *, until_unix_s: float = math.inf
+    ) -> Mapping[PeerId, DirectoryEntry]:
         await self._rejoin_when_alone()
-        beam = {} if complete else {"beam_size": QUICK_BEAM}
-        found = await self._node.get(key, latest=complete, **beam)
+        beam = {"beam_size": QUICK_BEAM} if until_unix_s < math.inf else {}
+        found = await self._node.get(key, sufficient_expiration_time=until_unix_s, **beam)
         if found is None or not isinstance(found.value, dict):
             return {}
         return {
@@ -286,20 +318,35 @@ class HivemindNetwork:
 
     # --- joining ---------------------------------------------------------------------------------
     async def _join(self) -> None:
-        """Meet the initial peers. Raises NetworkError when all of them fail."""
-        peers = self._settings.initial_peers
-        if not peers:
-            return
-        failures = await asyncio.gather(*(self._meet(address) for address in peers))
-        for failure in failures:
-            if failure is not None:
-                logger.warning("initial peer: %s", failure)
-        if None not in failures:
-            raise NetworkError("no initial peer answers: " + "; ".join(filter(None, failures)))
-        await self._node.find_nearest_nodes([self._node.node_id])
+        """Meet the initial peers, or else peers of an earlier run.
 
-    async def _meet(self, address: str) -> str | None:
-        """Connect and exchange directory ids; returns why it failed."""
+        Raises NetworkError when there are initial peers and nobody at all answers.
+        """
+        failures: list[str] = []
+        for peers in (self._settings.initial_peers, self._settings.fallback_peers):
+            offsets_s = await asyncio.gather(*(self._reach(address) for address in peers))
+            known_s = [offset_s for offset_s in offsets_s if isinstance(offset_s, float)]
+            if known_s:
+                DHT_CLOCK.offset_s = agreed_offset_s(known_s)
+            met = await asyncio.gather(
+                *(
+                    self._meet(address)
+                    for address, offset_s in zip(peers, offsets_s, strict=True)
+                    if isinstance(offset_s, float)
+                )
+            )
+            failed = [failure for failure in (*offsets_s, *met) if isinstance(failure, str)]
+            for failure in failed:
+                logger.warning("initial peer: %s", failure)
+            if None in met:
+                await self._node.find_nearest_nodes([self._node.node_id])
+                return
+            failures += failed
+        if self._settings.initial_peers:
+            raise NetworkError("no initial peer answers: " + "; ".join(failures))
+
+    async def _reach(self, address: str) -> float | str:
+        """Connect; returns by how much the peer's clock is ahead of ours, or why it failed."""
         base, found, peer = address.rpartition("/p2p/")
         if not found:
             return f"{address} does not end in /p2p/ and a peer id"
@@ -307,16 +354,33 @@ class HivemindNetwork:
             async with asyncio.timeout(self._settings.dial_timeout_s):
                 ways = with_quic_of_others([base]) if base else []
                 await connect(self._p2p, PeerId(peer), ways)
-                answer = await self._node.protocol.call_ping(
-                    parse_peer(PeerId(peer)), validate=True, strict=True
-                )
+                offset_s = await self._node.protocol.clock_offset_s(parse_peer(PeerId(peer)))
         except TimeoutError:
             return f"{address} did not answer within {self._settings.dial_timeout_s:g} s"
-        except (NetworkError, ValidationError) as error:
+        except NetworkError as error:
+            return f"{address}: {error}"
+        return offset_s if offset_s is not None else f"{address} is no peer of this network"
+
+    async def _meet(self, address: str) -> str | None:
+        """Exchange directory ids; returns why it failed."""
+        peer = parse_peer(PeerId(address.rpartition("/p2p/")[2]))
+        try:
+            answer = await self._node.protocol.call_ping(peer, validate=True, strict=True)
+        except ValidationError as error:
             return f"{address}: {error}"
         return None if answer is not None else f"{address} is no peer of this network"
 
+    @property
+    def clock_offset_s(self) -> float:
+        """By how much the swarm's clock is ahead of this computer's; 0 when they agree."""
+        return DHT_CLOCK.offset_s
+
+    def correct_clock(self, offset_s: float) -> None:
+        """Let directory entries expire by a clock that is ``offset_s`` ahead of ours."""
+        DHT_CLOCK.offset_s = offset_s
+
     async def _rejoin_when_alone(self) -> None:
         """After all known peers went away (a restarted seed, a cut link), start over."""
-        if self._settings.initial_peers and not self._node.protocol.routing_table.uid_to_peer_id:
+        peers = self._settings.initial_peers or self._settings.fallback_peers
+        if peers and not self._node.protocol.routing_table.uid_to_peer_id:
             await self._join()

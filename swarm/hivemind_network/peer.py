@@ -12,6 +12,7 @@ from hivemind.p2p import P2P
 from hivemind.utils.logging import use_hivemind_log_handler
 
 from swarm.hivemind_network.daemon import NetworkSettings, cancel_all, start_daemon, stop_daemon
+from swarm.hivemind_network.dht_clock import DHT_CLOCK
 from swarm.hivemind_network.directory import SignedRecords, SwarmDirectory, directory_id
 from swarm.record_validation import RecordChecker
 
@@ -37,6 +38,7 @@ class LocalPeer:
         """``before`` leaves its directory entries to us. Raises NetworkError."""
         use_hivemind_log_handler("nowhere")
         hivemind_node.DHTProtocol = SwarmDirectory  # hivemind has no parameter for it
+        DHT_CLOCK.install()
         p2p = await start_daemon(identity_path, settings, behind_router=behind_router)
         try:
             node = await DHTNode.create(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hivemind.p2p import P2P
 
-from swarm.addresses import ip_of, is_global, is_loopback
+from swarm.addresses import ip_of, is_global
 from swarm.hivemind_network.multiaddresses import decode_address, encode_address
 from swarm.hivemind_network.protobuf import (
     encode_field,
@@ -25,13 +25,11 @@ DIALLED = 0
 NOT_REACHED = 100
 
 
-def is_behind_router(listen_addresses: Sequence[str], peers: Iterable[str]) -> bool:
+def is_behind_router(peers: Iterable[str]) -> bool:
     """Whether we reach a peer of the internet from an address that only our own network knows.
 
     Asks the kernel which address it would send from; nothing is sent.
     """
-    if listen_addresses and all(map(is_loopback, listen_addresses)):
-        return False
     sources = {_source_address(peer) for peer in peers if is_global(peer)} - {None}
     return bool(sources) and not any(is_global(f"/ip4/{source}") for source in sources)
 

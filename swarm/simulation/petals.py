@@ -35,14 +35,17 @@ def throughputs(nodes: Sequence[PlacedNode], number_of_blocks: int) -> Vector:
 
 def choose_start(of_blocks: Vector, size: int) -> int:
     """The window whose sorted throughputs are lexicographically smallest."""
-    windows = np.sort(np.lib.stride_tricks.sliding_window_view(of_blocks, size), axis=1)
-    candidates = np.arange(len(windows))
+    windows = np.lib.stride_tricks.sliding_window_view(of_blocks, size)
+    smallest = windows.min(axis=1)
+    candidates = np.flatnonzero(smallest == smallest.min())
+    windows = np.sort(windows[candidates], axis=1)
+    rows = np.arange(len(candidates))
     for column in range(size):
-        values = windows[candidates, column]
-        candidates = candidates[values == values.min()]
-        if len(candidates) == 1:
+        if len(rows) == 1:
             break
-    return int(candidates[0])
+        values = windows[rows, column]
+        rows = rows[values == values.min()]
+    return int(candidates[rows[0]])
 
 
 def wants_elsewhere(node: PlacedNode, nodes: Sequence[PlacedNode], number_of_blocks: int) -> bool:

@@ -40,7 +40,7 @@ LINGERING_S = (15.0, 30.0)
 """Until neighbours agree that a crashed node is gone."""
 PETALS = "petals"
 POTENTIAL = "potential"
-EXACT_PETALS_NODES = 60
+EXACT_PETALS_NODES = 30
 """In larger swarms Petals' simulation of everybody is shared among those who ask in one minute."""
 
 
@@ -54,8 +54,8 @@ class PlacementRun:
     churn: Churn
     rule: str = POTENTIAL
     seed: int = 0
-    hours: float = 12.0
-    warm_up_hours: float = 3.0
+    hours: float = 6.0
+    warm_up_hours: float = 2.0
     sample_s: float = 300.0
     settings: PlacementSettings = DEFAULTS
 
@@ -78,6 +78,10 @@ class PlacementResult:
     blocks_loaded_per_node_day: float
     hops: float
     """Of the shortest chain, while there is one."""
+    outlives_organisation: float
+    """Share of time in which the largest organisation could go and every block would stay."""
+    countries_alone: float
+    """Share of countries with 1.5x the nodes they need that are covered by their own; 1 of none."""
     digest: str
     """Of all announcements and when they were made: equal runs have equal ones."""
 
@@ -95,7 +99,7 @@ async def _simulate(run: PlacementRun) -> PlacementResult:
     async with asyncio.TaskGroup() as group:
         settle(lives)
         tasks = [group.create_task(life.run()) for life in lives]
-        tasks.append(group.create_task(world.watch()))
+        tasks.append(group.create_task(world.watch(dice_of(run.seed, "watch"))))
         await asyncio.sleep(run.warm_up_hours * 3600)
         world.begin_measuring()
         tasks.append(group.create_task(world.sample(run.sample_s)))
@@ -127,6 +131,8 @@ def _result(run: PlacementRun, world: World) -> PlacementResult:
         leaves_per_node_day=world.leaves / node_days,
         blocks_loaded_per_node_day=world.blocks_loaded / node_days,
         hops=fmean(hops) if hops else 0.0,
+        outlives_organisation=fmean(samples.outlives_organisation),
+        countries_alone=fmean(samples.country_alone) if samples.country_alone else 1.0,
         digest=world.digest(),
     )
 
@@ -210,7 +216,7 @@ class Life:
                         await self._join()
                     await self._serve()
             except TimeoutError:
-                self._go(crash=churn.is_crash(self._fate))
+                self.go(crash=churn.is_crash(self._fate))
             settled = False
             await self._clock.sleep(churn.absence_s(self._fate))
 
@@ -242,7 +248,8 @@ class Life:
     def _announce(self) -> None:
         self._world.announce(self.node)
 
-    def _go(self, *, crash: bool) -> None:
+    def go(self, *, crash: bool) -> None:
+        """Switch off; ``run`` must have ended or be between two lives."""
         world, peer_id = self._world, self.volunteer.peer_id
         world.leaves += 1
         world.depart(peer_id)

@@ -23,6 +23,8 @@ from swarm.simulation.optimum import best_throughput, fewest_hops, weakest_stret
 from swarm.simulation.petals import SharedBalances
 from swarm.virtual_time import LoopClock
 
+STANDS_ALONE = 1.5
+"""A country that hosts so many copies of the model should be covered by its own nodes."""
 VIEW_AGE_S = 30.0
 VIEW_CHANGES = 0.01
 """Share of the nodes."""
@@ -31,6 +33,8 @@ VIEW_NODES = 800
 SAMPLES = 8
 """Of the nodes of a large swarm; each reader meets one of them."""
 SAMPLE_AGE_S = 240.0
+SAMPLE_GROWTH = 1.05
+"""A swarm that has grown by more is looked at anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,10 @@ class Samples:
     redundancy: list[float] = field(default_factory=list)
     fewest_hops: list[int] = field(default_factory=list)
     present: list[int] = field(default_factory=list)
+    outlives_organisation: list[bool] = field(default_factory=list)
+    """Whether every block has a node outside of the largest organisation."""
+    country_alone: list[bool] = field(default_factory=list)
+    """For each country with 1.5x the nodes that it needs: whether these cover the model."""
 
 
 class World:
@@ -112,6 +120,9 @@ class World:
     def least_replicas(self) -> int:
         return int(self._replicas.min())
 
+    def uncovered_blocks(self) -> int:
+        return int((self._replicas == 0).sum())
+
     def _remove(self, peer_id: PeerId) -> None:
         node = self._serving.pop(peer_id, None)
         if node is not None:
@@ -159,8 +170,8 @@ class World:
         number = dice.randrange(SAMPLES)
         known = self._sampled.get(number)
         growth = len(self._announced) / self._sampled_of
-        if known is None or now_s - known[0] > SAMPLE_AGE_S or growth > 1 + VIEW_CHANGES:
-            if growth > 1 + VIEW_CHANGES:
+        if known is None or now_s - known[0] > SAMPLE_AGE_S or growth > SAMPLE_GROWTH:
+            if growth > SAMPLE_GROWTH:
                 self._sampled.clear()
                 self._sampled_of = len(self._announced)
             chosen = dice.sample(list(self._announced), VIEW_NODES)
@@ -172,9 +183,8 @@ class World:
         now_s = self._clock.monotonic_s()
         nodes = {}
         for peer_id in peers:
-            if peer_id in self._announced:
-                node, started_s = self._announced[peer_id]
-                nodes[peer_id] = replace(node, uptime_s=now_s - started_s)
+            node, started_s = self._announced[peer_id]
+            nodes[peer_id] = replace(node, uptime_s=now_s - started_s)
         return Snapshot(nodes, block_vectors(nodes.values(), self.number_of_blocks))
 
     def digest(self) -> str:
@@ -188,10 +198,10 @@ class World:
     async def emergency(self) -> None:
         await self._emergency.wait()
 
-    async def watch(self, period_s: float = VIEW_AGE_S) -> None:
+    async def watch(self, dice: random.Random, period_s: float = VIEW_AGE_S) -> None:
         """Look for emergencies as often as nodes read the directory; until cancelled."""
         while True:
-            if is_emergency(self._everything().vectors):
+            if is_emergency(self.read(dice).vectors):
                 self._emergency.set()
             else:
                 self._emergency.clear()
@@ -217,10 +227,32 @@ class World:
         serving, present = list(self._serving.values()), self._present.values()
         optimum = best_throughput(present, total)
         reached = best_throughput(serving, total)
-        even = block_vectors(serving, total).throughput
+        vectors = block_vectors(serving, total)
+        even = vectors.throughput
         samples = self.samples
         samples.weakest_stretch.append(weakest_stretch(serving, total) * reached / optimum)
         samples.weakest_block.append(float(max(even.min(), 0.0)) / optimum)
         samples.redundancy.append(sum(n.end_block - n.first_block for n in present) / total)
         samples.fewest_hops.append(fewest_hops(serving, total))
         samples.present.append(len(present))
+        samples.outlives_organisation.append(outlives_largest_organisation(vectors))
+        samples.country_alone += countries_alone(vectors)
+
+
+def outlives_largest_organisation(vectors: BlockVectors) -> bool:
+    """Whether all blocks stay covered without the organisation that hosts most."""
+    if not vectors.of_organisation:
+        return bool(vectors.planned.min() > 0)
+    largest = max(vectors.of_organisation.values(), key=lambda replicas: int(replicas.sum()))
+    return bool((vectors.planned - largest).min() > 0)
+
+
+def countries_alone(vectors: BlockVectors) -> list[bool]:
+    """For each country whose nodes host the model 1.5 times: whether they cover it."""
+    enough = STANDS_ALONE * vectors.number_of_blocks
+    least = 1e-6 * vectors.speed / vectors.number_of_blocks
+    return [
+        bool((vectors.of_country[country] > least).all())
+        for country, hosted in sorted(vectors.hosted_in_country.items())
+        if hosted >= enough
+    ]

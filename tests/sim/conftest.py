@@ -252,7 +252,6 @@ class ToyPlanner:
         self.failures: list[tuple[PeerId, FailureKind]] = []
         self.fails_to_see: set[int] = set()
         """Nodes that it does not know of (yet)."""
-        self.online = True
 
     async def plan(
         self,
@@ -284,7 +283,8 @@ class ToyPlanner:
         return lambda index: self._swarm.nodes[index].peer.peer_id in failed
 
     async def is_online(self) -> bool:
-        return self.online
+        network, client = self._swarm.network, self._swarm.client.peer_id
+        return any(not network.is_cut(client, node.peer.peer_id) for node in self._swarm.nodes)
 
     def failed(self, peer: PeerId, kind: FailureKind) -> None:
         self.failures.append((peer, kind))
@@ -306,8 +306,9 @@ class ToySwarm:
         seed: int = 1,
         settings: MemorySettings | None = None,
         limits: ServiceLimits | None = None,
+        on_event: Callable[[float, str], None] | None = None,
     ) -> None:
-        self.network = MemoryNetwork(seed, settings or MemorySettings())
+        self.network = MemoryNetwork(seed, settings or MemorySettings(), on_event=on_event)
         self.clock = LoopClock()
         self.client = self.network.join(Identity.generate())
         self.nodes = []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from scripts.faults.last_replica import lose_all_replicas
 from scripts.faults.matrix import Case
 from scripts.faults.moments import Moment
-from swarm.protocol.errors import NoRouteError
 
 if TYPE_CHECKING:
     from .conftest import Chaos
@@ -42,3 +41,8 @@ def test_two_neighbours_are_killed_at_once(chaos: Chaos) -> None:
 
 def test_a_hop_is_killed_in_a_rollback(chaos: Chaos) -> None:
     assert chaos.strike(Case("kill", ROLLING_BACK, (2,))).heals >= 1
+
+
+def test_the_last_replica_dies_and_the_answer_goes_on_when_one_is_back(chaos: Chaos) -> None:
+    seen = chaos.run(lose_all_replicas(chaos.arena, chaos.watched, chaos.plain, stage=1))
+    assert seen.problems == [], seen.error

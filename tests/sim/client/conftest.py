@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
@@ -125,7 +126,9 @@ class QuietSwarm:
     async def store(self, key: str, value: bytes, expires_unix_s: float) -> bool:
         raise NotImplementedError
 
-    async def get(self, key: str, *, complete: bool = True) -> Mapping[PeerId, DirectoryEntry]:
+    async def get(
+        self, key: str, *, until_unix_s: float = math.inf
+    ) -> Mapping[PeerId, DirectoryEntry]:
         """Signs only what is read: so there may be thousands of nodes."""
         self.shards_read += "/nodes/" in key
         await asyncio.sleep(0.05)

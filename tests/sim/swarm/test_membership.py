@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -195,10 +196,12 @@ def test_a_directory_that_fails_is_tried_again(
         assert peer is not None
         get, failures = peer.get, iter([True, True])
 
-        async def flaky(key: str, *, complete: bool = True) -> Mapping[PeerId, DirectoryEntry]:
+        async def flaky(
+            key: str, *, until_unix_s: float = math.inf
+        ) -> Mapping[PeerId, DirectoryEntry]:
             if next(failures, False):
                 raise NetworkError("the seed is down")
-            return await get(key, complete=complete)
+            return await get(key, until_unix_s=until_unix_s)
 
         monkeypatch.setattr(peer, "get", flaky)
         async with running(announcer):

@@ -84,6 +84,10 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
         ('log_level = "loud"', ["loud"]),
         ('display_name = "a\\nb"', ["display_name"]),
         (f'display_name = "{"ä" * 33}"', ["display_name", "64"]),
+        (f'organisation = "{"ä" * 33}"', ["organisation", "64"]),
+        ('organisation = "a\\nb"', ["organisation"]),
+        ('country = "ke"', ["country", "KE"]),
+        ('country = "Kenya"', ["country", "KE"]),
         ("model = ", ["TOML"]),
     ],
 )

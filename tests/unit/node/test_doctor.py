@@ -38,6 +38,7 @@ class FixedProbes:
     )
     peer_id: str | Exception = "12D3KooWMine"
     addresses: tuple[str, ...] | Exception = ("/ip4/8.8.8.8/tcp/31331", "/ip4/127.0.0.1/tcp/31331")
+    clock_offset_s: float = 0.0
     model_facts: ModelFacts | Exception = field(default_factory=lambda: ModelFacts(30, 10**7))
 
     def python_version(self) -> tuple[int, int]:
@@ -70,7 +71,7 @@ class FixedProbes:
     async def network(self, settings: NodeSettings) -> NetworkFacts:
         if isinstance(self.addresses, Exception):
             raise self.addresses
-        return NetworkFacts(self.addresses)
+        return NetworkFacts(self.addresses, clock_offset_s=self.clock_offset_s)
 
     def model(self, name: str) -> ModelFacts:
         if isinstance(self.model_facts, Exception):
@@ -102,6 +103,7 @@ async def test_a_good_computer_passes() -> None:
         (FixedProbes(clock=None), "clock", "warn", "NTP"),
         (FixedProbes(clock=60.0), "clock", "warn", "60.00 s off"),
         (FixedProbes(clock=OSError()), "clock", "warn", "not checked"),
+        (FixedProbes(clock_offset_s=-605), "clock of the swarm", "warn", "10 min 5 s fast"),
         (FixedProbes(compute_facts=ImportError("no torch")), "compute", "fail", "no torch"),
         (FixedProbes(compute_facts=ConfigError("no cuda")), "compute", "fail", "no cuda"),
         (FixedProbes(peer_id=ConfigError("chmod 600 it")), "identity", "fail", "chmod 600"),

@@ -28,6 +28,10 @@ class RecordedStream:
     def remote_peer(self) -> PeerId:
         return PEER
 
+    @property
+    def relayed(self) -> bool:
+        return False
+
     async def send(self, *buffers: Buffer) -> None:
         self.sent += buffers
 

@@ -11,8 +11,8 @@ from swarm.protocol.identity import Identity, PeerId
 from swarm.protocol.records import (
     MAX_LIFETIME_S,
     MAX_RECORD_BYTES,
-    ModelIndexRecord,
     NodeRecord,
+    Record,
     expected_key,
     sign_record,
 )
@@ -20,7 +20,7 @@ from swarm.record_validation import RecordChecker
 
 NOW = 1000.0
 MakeRecord = Callable[..., NodeRecord]
-Check = Callable[..., NodeRecord | ModelIndexRecord]
+Check = Callable[..., Record]
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def check(owner: Identity) -> Check:
         subkey: PeerId = owner.peer_id,
         expires: float = 1060.0,
         now: float = NOW,
-    ) -> NodeRecord | ModelIndexRecord:
+    ) -> Record:
         return checker.check(
             lambda expected: expected == key, subkey, value, expires, now_unix_s=now
         )

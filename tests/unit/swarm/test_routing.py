@@ -31,6 +31,7 @@ from swarm.routing import (
     Place,
     block_ranges,
     candidate,
+    charged_s,
     choose_chain,
     is_one_machine,
     no_route,
@@ -132,6 +133,17 @@ def test_a_measured_speed_counts_more_than_the_announced_one(make_record: MakeRe
     slow = candidate(liar, IDLE, round_trip_s=0.02, slowness=1000.0)
     assert spans(choose_chain([idle(honest), idle(liar)], 0, 30)) == [("1", 0, 30)]
     assert spans(choose_chain([idle(honest), slow], 0, 30)) == [("0", 0, 30)]
+
+
+def test_time_that_nobody_reports_is_charged_to_all() -> None:
+    places = [Place(0.02), Place(0.06)]
+    links_s = 0.01 + 0.03 + 0.03 + 2 * HAND_OVER_S
+    honest = charged_s(links_s + 0.05, [0.02, 0.03], places)
+    assert honest == pytest.approx([0.02, 0.03])
+    assert charged_s(0.01, [0.02, 0.03], places) == pytest.approx([0.02, 0.03])
+    lied = charged_s(links_s + 0.05, [0.0, 0.03], places)
+    assert lied == pytest.approx([0.01, 0.04])
+    assert charged_s(0.5 + HAND_OVER_S, [0.0], [CLIENT]) == pytest.approx([0.5])
 
 
 def test_openings_of_our_own_spread_a_burst(make_record: MakeRecord) -> None:

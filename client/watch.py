@@ -1,0 +1,260 @@
+"""Notices that a hop of a live chain is gone, cut off, stuck or far slower than it was.
+
+- Broken streams are noticed by their readers, not here.
+- Silence: every hop is pinged; phi accrual makes a silent one suspect. Its neighbours in the chain
+  are then asked to ping it. If nobody reaches it, it is gone; if they do, it gets more time.
+- If *all* hops are silent and nobody else answers either, it is our own network that is gone:
+  nobody is blamed, and nothing is given up.
+- A step that stands still: pongs say which hop has received and computed what, so that the place
+  is known. Between two hops, they are joined anew; in a hop, that hop is replaced.
+- A straggler answers, but its steps take far longer than its own usual ones. It is replaced if a
+  better chain for its blocks is to be had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from swarm.client.hops import Hops
+from swarm.client.link import HopFailed, Link
+from swarm.client.planner import Planner
+from swarm.ports import Clock
+from swarm.protocol.errors import NetworkError, RemoteError, SwarmError
+from swarm.protocol.messages import Ping, ProbePeer, ProbeReport
+from swarm.protocol.session import ClientSession
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WatchSettings:
+    """When a client becomes impatient."""
+
+    active_heartbeat_s: float = 0.5
+    """Between pings while a step is on its way."""
+    idle_heartbeat_s: float = 5.0
+    suspicious_phi: float = 5.0
+    probe_s: float = 1.5
+    """For neighbours to say whether they reach a suspect."""
+    reprieve_s: float = 6.0
+    """How long a suspect may stay silent when others still reach it."""
+    standstill_s: float = 1.0
+    """For a step to be on its way between two hops, beside what the link usually takes."""
+    slowest_step_s: float = 30.0
+    """For one hop to compute one step, while nothing is known of its speed."""
+    slowness: float = 20.0
+    """So many times its usual time (and 5 s at least) may a hop take before it counts as stuck."""
+    straggler: float = 2.0
+    """So many times its usual time over several steps: look for a better hop."""
+    straggler_least_s: float = 0.1
+    """Shorter steps are not worth a replacement."""
+    straggler_pause_s: float = 60.0
+    """Between two replacements of stragglers in one chain."""
+
+
+@dataclass(slots=True)
+class _Standstill:
+    """Where the oldest step is, and since when."""
+
+    step: int
+    link: Link | None
+    received: bool
+    since_s: float
+
+
+class Watch:
+    """Watches one chain; ``run`` is its task."""
+
+    def __init__(
+        self,
+        hops: Hops,
+        session: ClientSession,
+        planner: Planner,
+        *,
+        clock: Clock,
+        settings: WatchSettings,
+        mend: Callable[[Link], None],
+    ) -> None:
+        """``mend`` is told of a hop to which steps do not come through any more."""
+        self._hops = hops
+        self._session = session
+        self._planner = planner
+        self._clock = clock
+        self._settings = settings
+        self._mend = mend
+        self._awake = asyncio.Event()
+        self._nonce = 0
+        self._examined: set[Link] = set()
+        self._standstill: _Standstill | None = None
+        self._last_straggler_s = -settings.straggler_pause_s
+        self._looking_for_better = False
+
+    def wake(self) -> None:
+        """A step is on its way, or something else begins that should not take long."""
+        self._awake.set()
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            was_active = False
+            while True:
+                active = self._is_active
+                period_s = (
+                    self._settings.active_heartbeat_s if active else self._settings.idle_heartbeat_s
+                )
+                asleep_s = self._clock.monotonic_s()
+                if active:
+                    await self._clock.sleep(period_s)
+                else:
+                    self._awake.clear()
+                    try:
+                        async with asyncio.timeout(period_s):
+                            await self._awake.wait()
+                    except TimeoutError:
+                        pass
+                now_s = self._clock.monotonic_s()
+                # When this process itself was asleep, or begins to ask often, silence so far says
+                # nothing about the hops.
+                if now_s - asleep_s > 2 * period_s or active != was_active:
+                    for link in self._hops.all_links:
+                        link.expect_signs(self._settings.active_heartbeat_s)
+                    self._standstill = None
+                was_active = active
+                self._nonce += 1
+                for link in self._hops.all_links:
+                    if not link.is_pinging:
+                        tasks.create_task(self._ping(link))
+                if not active:
+                    continue
+                for link in self._hops.all_links:
+                    if self._is_suspect(link) and link not in self._examined:
+                        self._examined.add(link)
+                        tasks.create_task(self._examine(link))
+                self._look_for_standstill(now_s)
+                if self._straggler() is not None and not self._looking_for_better:
+                    self._looking_for_better = True
+                    tasks.create_task(self._replace_straggler())
+
+    @property
+    def _is_active(self) -> bool:
+        return self._session.oldest_in_flight is not None or self._hops.is_filling
+
+    # --- silence
+    async def _ping(self, link: Link) -> None:
+        try:
+            await link.ping(Ping(nonce=self._nonce))
+        except NetworkError as error:
+            self._hops.lose(link, HopFailed(link.hop, error))
+
+    def _is_suspect(self, link: Link) -> bool:
+        return link.failure is None and link.phi() > self._settings.suspicious_phi
+
+    async def _examine(self, link: Link) -> None:
+        """A second opinion on a silent hop."""
+        try:
+            suspected_s = self._clock.monotonic_s()
+            opinions = await self._ask_neighbours(link)
+            if not opinions and not await self._planner.is_online():
+                log.info("nobody answers: waiting for our own network")
+                return
+            while any(opinions) and self._is_suspect(link):
+                if self._clock.monotonic_s() - suspected_s > self._settings.reprieve_s:
+                    break
+                await self._clock.sleep(self._settings.active_heartbeat_s)
+            if self._is_suspect(link):
+                self._hops.lose(link, HopFailed(link.hop, NetworkError("stopped answering")))
+                await link.connection.close()
+        finally:
+            self._examined.discard(link)
+
+    async def _ask_neighbours(self, link: Link) -> list[bool]:
+        """What those neighbours in the chain that answer us say: whether they reach ``link``."""
+        asked = [other for other in self._hops.neighbours_of(link) if not self._is_suspect(other)]
+        answers = await asyncio.gather(*(self._probe(other, link) for other in asked))
+        return [answer for answer in answers if answer is not None]
+
+    async def _probe(self, asked: Link, link: Link) -> bool | None:
+        question = ProbePeer(peer=link.peer_id)
+        try:
+            report = await asked.ask(question, ProbeReport, link.peer_id, self._settings.probe_s)
+        except (HopFailed, RemoteError):
+            return None
+        return bool(report.reachable)
+
+    # --- steps that stand still
+    def _look_for_standstill(self, now_s: float) -> None:
+        oldest = self._session.oldest_in_flight
+        if oldest is None or self._hops.first_gap is not None or self._hops.is_filling:
+            self._standstill = None
+            return
+        holder = next((link for link in self._hops.links if link.computed_step < oldest.step), None)
+        received = holder is not None and holder.received_step >= oldest.step
+        seen = self._standstill
+        if seen is None or (seen.step, seen.link, seen.received) != (
+            oldest.step,
+            holder,
+            received,
+        ):
+            self._standstill = _Standstill(oldest.step, holder, received, now_s)
+            return
+        waited_s = now_s - seen.since_s
+        if holder is None or not received:
+            if waited_s > self._settings.standstill_s + 4 * self._longest_round_trip_s:
+                self._standstill = None
+                self._mend(holder or self._hops.links[-1])
+        elif waited_s > self._patience_s(holder, oldest.tokens):
+            self._standstill = None
+            reason = NetworkError(f"took more than {waited_s:.0f} s for one step")
+            self._hops.lose(holder, HopFailed(holder.hop, reason))
+
+    @property
+    def _longest_round_trip_s(self) -> float:
+        return max((link.round_trip_s for link in self._hops.links), default=0.0)
+
+    def _patience_s(self, link: Link, tokens: int) -> float:
+        expected_s = link.speed.expected_s(tokens)
+        if expected_s is None:
+            return self._settings.slowest_step_s
+        return max(5.0, self._settings.slowness * expected_s)
+
+    # --- stragglers
+    def _straggler(self) -> Link | None:
+        now_s = self._clock.monotonic_s()
+        if now_s - self._last_straggler_s < self._settings.straggler_pause_s:
+            return None
+        return next(
+            (
+                link
+                for link in self._hops.links
+                if link.speed.slowdown > self._settings.straggler
+                and link.speed.recent_s > self._settings.straggler_least_s
+            ),
+            None,
+        )
+
+    async def _replace_straggler(self) -> None:
+        """Give up a hop that became slow, if the rest of the swarm has something better."""
+        try:
+            link = self._straggler()
+            if link is None:
+                return
+            self._last_straggler_s = self._clock.monotonic_s()
+            before, after = self._hops.peers_around(link)
+            plan = await self._planner.plan(
+                link.hop.first_block,
+                link.hop.end_block,
+                excluded=[link.peer_id, *(peer for peer in (before, after) if peer is not None)],
+                previous=before,
+                following=after,
+            )
+            still_slow = link.failure is None and link.speed.slowdown > self._settings.straggler
+            if still_slow and plan.expected_step_s < 0.7 * link.speed.recent_s:
+                reason = NetworkError("became far slower than it was")
+                self._hops.lose(link, HopFailed(link.hop, reason))
+        except SwarmError as error:
+            log.debug("nobody to replace a straggler with: %s", error)
+        finally:
+            self._looking_for_better = False

@@ -1,0 +1,71 @@
+"""A third of the nodes vanish at once: how long until every block is served again?
+
+Nobody else comes or goes. The clock starts with the outage: noticing it, deciding, downloading and
+swapping all count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from swarm import virtual_time
+from swarm.simulation.churn import Churn
+from swarm.simulation.placement import PlacementRun, make_life, settle
+from swarm.simulation.population import MODELS, dice_of, draw_volunteers
+from swarm.simulation.world import World
+
+NOBODY_LEAVES = Churn("none", 1e12)
+SETTLING_S = 1800.0
+GIVE_UP_S = 3600.0
+LOOK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class OutageResult:
+    """What happened."""
+
+    lost_nodes: int
+    uncovered_blocks: int
+    """Right after the outage."""
+    redundancy: float
+    """Of those that are left: below 1 no placement covers the model."""
+    recovered_s: float
+    """Until every block is served; infinite if that takes longer than an hour."""
+
+
+def simulate_outage(
+    nodes: int, blocks: int, *, seed: int = 0, share: float = 1 / 3, rule: str = "potential"
+) -> OutageResult:
+    """In virtual time; the same arguments always give the same result."""
+    run = PlacementRun(nodes, blocks, NOBODY_LEAVES, rule=rule, seed=seed)
+    return virtual_time.run(_simulate(run, share))
+
+
+async def _simulate(run: PlacementRun, share: float) -> OutageResult:
+    world = World(run.blocks)
+    volunteers = draw_volunteers(run.nodes, MODELS[run.blocks], dice_of(run.seed, "who"))
+    lives = [make_life(run, world, MODELS[run.blocks], volunteer) for volunteer in volunteers]
+    loop = asyncio.get_running_loop()
+    async with asyncio.TaskGroup() as group:
+        for life in lives:
+            life.begins_present = True
+        settle(lives)
+        tasks = [group.create_task(life.run()) for life in lives]
+        watching = group.create_task(world.watch(dice_of(run.seed, "watch")))
+        await asyncio.sleep(SETTLING_S)
+        lost = dice_of(run.seed, "outage").sample(range(len(lives)), round(share * len(lives)))
+        for index in lost:
+            tasks[index].cancel()
+        await asyncio.sleep(0)
+        for index in lost:
+            lives[index].go(crash=True)
+        uncovered = world.uncovered_blocks()
+        hosted = sum(node.end_block - node.first_block for node in world.present.values())
+        started_s = loop.time()
+        while world.uncovered_blocks() and loop.time() - started_s < GIVE_UP_S:
+            await asyncio.sleep(LOOK_S)
+        recovered_s = loop.time() - started_s if not world.uncovered_blocks() else float("inf")
+        for task in (*tasks, watching):
+            task.cancel()
+    return OutageResult(len(lost), uncovered, hosted / run.blocks, recovered_s)
