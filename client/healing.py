@@ -41,9 +41,15 @@ class Patience:
 
         As long as nobody at all answers, it is our own network that is gone, and it may come back.
         """
-        waited_s = self._clock.monotonic_s() - self._started_s
-        if waited_s >= self._heal_s and (waited_s >= self._offline_s or await planner.is_online()):
-            return False
+        now_s = self._clock.monotonic_s()
+        if now_s >= self._gives_up_s:
+            if self._is_last_round or now_s >= self._started_s + self._offline_s:
+                return False
+            if await planner.is_online():
+                # Perhaps only just: whoever could not be reached before is tried once more.
+                self._is_last_round = True
+                return self._heal_s > 0
+            self._gives_up_s = self._clock.monotonic_s() + self._heal_s
         await self._clock.sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         return True

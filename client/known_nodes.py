@@ -32,8 +32,10 @@ MEASUREMENT_AGE_S = 600.0
 """Older measurements of speed are forgotten: the node may have become another one."""
 OPENING_S = 1.0
 """So long after a plan the new session may be missing in what its nodes report."""
-SMOOTHING = 0.2
-"""Weight of a new measurement."""
+SMOOTHING_S = 10.0
+"""Measurements of speed are averaged over about this long: loads come and go."""
+LONGER_TRIP_WEIGHT = 0.1
+"""A longer round trip than usual mostly was one that had to wait somewhere."""
 
 
 @dataclass(slots=True)
@@ -47,6 +49,8 @@ class _Measured:
     block_others: float = 0.0
     """``others`` while ``block_s`` was measured."""
     block_measured_s: float = 0.0
+    measurements: int = 0
+    """Of ``block_s``."""
 
 
 class KnownNodes:
@@ -82,14 +86,16 @@ class KnownNodes:
         return self._records.get(peer)
 
     async def refresh(self, *, older_than_s: float) -> bool:
-        """Read the directory if the last read is that old; whether it was read.
+        """See to it that the last read of the directory is not older; whether that took a read.
 
         Raises NetworkError when the directory cannot be reached.
         """
         asked_s = self._clock.monotonic_s()
+        if self._has_read_since(asked_s - older_than_s):
+            return False
         async with self._reading:
-            if self._read_s is not None and self._read_s > asked_s - older_than_s:
-                return False
+            if self._has_read_since(asked_s):
+                return True
             records = await read_nodes(
                 self._directory, self.model_revision, self._clock, dice=self._dice
             )
@@ -105,6 +111,9 @@ class KnownNodes:
                 await self.refresh(older_than_s=REFRESH_S / 2)
             except NetworkError as error:
                 log.info("could not read the directory: %s", error)
+
+    def _has_read_since(self, earliest_s: float) -> bool:
+        return self._read_s is not None and self._read_s > earliest_s
 
     def _merge(self, records: list[NodeRecord]) -> None:
         """Keep what is known of other shards, and of nodes that one read has missed."""
@@ -150,7 +159,7 @@ class KnownNodes:
         if known_s is None or round_trip_s < known_s:
             measured.round_trip_s = round_trip_s
         else:
-            measured.round_trip_s = known_s + SMOOTHING * (round_trip_s - known_s)
+            measured.round_trip_s = known_s + LONGER_TRIP_WEIGHT * (round_trip_s - known_s)
 
     def reported(self, peer: PeerId, others: float) -> None:
         """By its own word, steps of a session meet ``others`` at this node."""
@@ -162,11 +171,16 @@ class KnownNodes:
         measured = self._of(peer)
         now_s = self._used_s = self._clock.monotonic_s()
         block_s = step_s / blocks
-        if measured.block_s is None or now_s > measured.block_measured_s + MEASUREMENT_AGE_S:
+        since_s = now_s - measured.block_measured_s
+        if measured.block_s is None or since_s > MEASUREMENT_AGE_S:
             measured.block_s, measured.block_others = block_s, measured.others
+            measured.measurements = 1
         else:
-            measured.block_s += SMOOTHING * (block_s - measured.block_s)
-            measured.block_others += SMOOTHING * (measured.others - measured.block_others)
+            # The plain mean of the first ones, later that of the last seconds.
+            measured.measurements += 1
+            weight = max(1 / measured.measurements, min(1.0, since_s / SMOOTHING_S))
+            measured.block_s += weight * (block_s - measured.block_s)
+            measured.block_others += weight * (measured.others - measured.block_others)
         measured.block_measured_s = now_s
 
     def failed(self, peer: PeerId, kind: FailureKind) -> None:

@@ -14,7 +14,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +30,8 @@ from swarm.protocol.session import ClientSession
 
 log = logging.getLogger(__name__)
 
+LONGEST_OWN_STALL_S = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class WatchSettings:
@@ -35,6 +39,8 @@ class WatchSettings:
 
     active_heartbeat_s: float = 0.5
     """Between pings while a step is on its way."""
+    look_s: float = 0.125
+    """Between looks at what the pings brought."""
     idle_heartbeat_s: float = 5.0
     suspicious_phi: float = 5.0
     probe_s: float = 1.5
@@ -99,48 +105,54 @@ class Watch:
     async def run(self) -> None:
         """Watch until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            was_active = False
             while True:
-                active = self._is_active
-                period_s = (
-                    self._settings.active_heartbeat_s if active else self._settings.idle_heartbeat_s
-                )
-                asleep_s = self._clock.monotonic_s()
-                if active:
-                    await self._clock.sleep(period_s)
-                else:
-                    self._awake.clear()
-                    try:
-                        async with asyncio.timeout(period_s):
-                            await self._awake.wait()
-                    except TimeoutError:
-                        pass
-                now_s = self._clock.monotonic_s()
-                # When this process itself was asleep, or begins to ask often, silence so far says
-                # nothing about the hops.
-                if now_s - asleep_s > 2 * period_s or active != was_active:
-                    for link in self._hops.all_links:
-                        link.expect_signs(self._settings.active_heartbeat_s)
-                    self._standstill = None
-                was_active = active
-                self._nonce += 1
-                for link in self._hops.all_links:
-                    if not link.is_pinging:
-                        tasks.create_task(self._ping(link))
-                if not active:
-                    continue
-                for link in self._hops.all_links:
-                    if self._is_suspect(link) and link not in self._examined:
-                        self._examined.add(link)
-                        tasks.create_task(self._examine(link))
-                self._look_for_standstill(now_s)
-                if self._straggler() is not None and not self._looking_for_better:
-                    self._looking_for_better = True
-                    tasks.create_task(self._replace_straggler())
+                await self._sleep_while_idle(tasks)
+                self._begin_afresh()
+                pinged_s = -math.inf
+                while self._is_active:
+                    now_s = self._clock.monotonic_s()
+                    if now_s - pinged_s >= self._settings.active_heartbeat_s:
+                        pinged_s = now_s
+                        self._ping_all(tasks)
+                    self._look_around(tasks, now_s)
+                    await self._clock.sleep(self._settings.look_s)
+                    if self._clock.monotonic_s() - now_s > LONGEST_OWN_STALL_S:
+                        self._begin_afresh()
 
     @property
     def _is_active(self) -> bool:
         return self._session.oldest_in_flight is not None or self._hops.is_filling
+
+    async def _sleep_while_idle(self, tasks: asyncio.TaskGroup) -> None:
+        while not self._is_active:
+            self._awake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.idle_heartbeat_s):
+                    await self._awake.wait()
+            if not self._is_active:
+                self._ping_all(tasks)
+
+    def _begin_afresh(self) -> None:
+        """When this process was asleep, or begins to ask often, a silence so far says nothing."""
+        self._standstill = None
+        for link in self._hops.all_links:
+            link.expect_signs(self._settings.active_heartbeat_s)
+
+    def _ping_all(self, tasks: asyncio.TaskGroup) -> None:
+        self._nonce += 1
+        for link in self._hops.all_links:
+            if not link.is_pinging:
+                tasks.create_task(self._ping(link))
+
+    def _look_around(self, tasks: asyncio.TaskGroup, now_s: float) -> None:
+        for link in self._hops.all_links:
+            if self._is_suspect(link) and link not in self._examined:
+                self._examined.add(link)
+                tasks.create_task(self._examine(link))
+        self._look_for_standstill(now_s)
+        if self._straggler() is not None and not self._looking_for_better:
+            self._looking_for_better = True
+            tasks.create_task(self._replace_straggler())
 
     # --- silence
     async def _ping(self, link: Link) -> None:
@@ -187,7 +199,13 @@ class Watch:
     # --- steps that stand still
     def _look_for_standstill(self, now_s: float) -> None:
         oldest = self._session.oldest_in_flight
-        if oldest is None or self._hops.first_gap is not None or self._hops.is_filling:
+        # What silent hops said of their progress is out of date.
+        if (
+            oldest is None
+            or self._hops.first_gap is not None
+            or self._hops.is_filling
+            or any(map(self._is_suspect, self._hops.links))
+        ):
             self._standstill = None
             return
         holder = next((link for link in self._hops.links if link.computed_step < oldest.step), None)

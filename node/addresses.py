@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from swarm.addresses import is_global, is_loopback, is_relayed
 from swarm.protocol.identity import PeerId
-from swarm.protocol.records import MAX_RECORD_ADDRESSES
+from swarm.protocol.records import MAX_ADDRESS_BYTES, MAX_RECORD_ADDRESSES
 
 
 def is_public(address: str) -> bool:
@@ -16,8 +16,8 @@ def is_public(address: str) -> bool:
 
 def for_record(addresses: Iterable[str]) -> tuple[str, ...]:
     """As many as a directory record takes, those that reach farthest first."""
-    ordered = sorted(addresses, key=_reach, reverse=True)
-    return tuple(ordered[:MAX_RECORD_ADDRESSES])
+    short = (address for address in addresses if len(address) <= MAX_ADDRESS_BYTES)
+    return tuple(sorted(short, key=_reach, reverse=True)[:MAX_RECORD_ADDRESSES])
 
 
 def for_people(addresses: Iterable[str], peer_id: PeerId) -> tuple[str, ...]:

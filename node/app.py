@@ -31,6 +31,7 @@ from swarm.node.control import control_path, controlled
 from swarm.node.metrics import MetricsServer, NodeMetrics
 from swarm.node.neighbours import Neighbours
 from swarm.node.process import held_identity, leave_on_signals
+from swarm.node.reachability import follow_reachability
 from swarm.node.service import NodeService, ServiceLimits
 from swarm.node.shifts import rested, shift
 from swarm.node.surroundings import Surroundings, remember_peers
@@ -172,8 +173,12 @@ class _Node:
                     around = self._surroundings(network, announcer)
                     looking = group.create_task(around.run())
                     refreshing = group.create_task(self._refresh(around, engine, announcer))
+                    reaching = group.create_task(self._stay_reachable(network, announcer))
+                    moving = group.create_task(service.leave_relays())
                     await self._leaving.wait()
                     await self._drain(announcer, service)
+                    moving.cancel()
+                    reaching.cancel()
                     refreshing.cancel()
                     looking.cancel()
 
@@ -298,6 +303,26 @@ class _Node:
             clock_offsets=self._clock_offsets,
             peers_file=self._settings.peers_file,
             on_clock=lambda text: self._board.update(clock=text),
+        )
+
+    async def _stay_reachable(self, network: HivemindNetwork, announcer: Announcer) -> None:
+        """Announce new addresses at once, and show how others reach us."""
+
+        def moved(addresses: Sequence[str]) -> None:
+            announcer.update(
+                replace(
+                    announcer.record,
+                    addresses=for_record(addresses),
+                    reachable_directly=any(map(is_public, addresses)),
+                )
+            )
+            self._board.update(addresses=for_people(addresses, network.peer_id))
+
+        await follow_reachability(
+            network,
+            use_relays=self._settings.use_relay,
+            moved=moved,
+            judged=lambda reachability: self._board.update(reachability=reachability.found),
         )
 
     async def _refresh(

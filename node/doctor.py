@@ -19,12 +19,18 @@ from rich.table import Table
 from rich.text import Text
 
 from swarm.clock_offset import describe_offset
-from swarm.node.addresses import is_public
 from swarm.node.config import NodeSettings
+from swarm.node.reachability import Way, judge
 from swarm.protocol.errors import SwarmError
 
 GIB = 1024**3
 Level = Literal["ok", "warn", "fail"]
+LEVELS: dict[Way, Level] = {
+    "direct": "ok",
+    "relayed": "ok",
+    "local": "warn",
+    "unreachable": "warn",
+}
 STYLES: dict[Level, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -55,6 +61,11 @@ class NetworkFacts:
     addresses: tuple[str, ...]
     clock_offset_s: float = 0.0
     """By how much the peers' clocks are ahead of ours; 0 when they agree."""
+    behind_router: bool = False
+    relays: int = 0
+    """That would relay for this computer."""
+    reached: bool | None = None
+    """Whether a peer that tried could dial this computer; None when nobody tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,24 +231,21 @@ async def check_network(settings: NodeSettings, probes: Probes) -> list[Check]:
     if facts.clock_offset_s:
         found = f"{describe_offset(facts.clock_offset_s)}, by the word of the peers"
         checks.append(Check("clock of the swarm", "warn", found, CLOCK_ADVICE))
-    checks.append(check_reachability(settings, facts.addresses))
+    checks.append(check_reachability(settings, facts))
     return checks
 
 
-def check_reachability(settings: NodeSettings, addresses: Sequence[str]) -> Check:
-    if settings.announce_addresses:
+def check_reachability(settings: NodeSettings, facts: NetworkFacts) -> Check:
+    if settings.announce_addresses and facts.reached is None:
         found = f"announces {', '.join(settings.announce_addresses)}; not tried from outside"
         return Check("reachability", "ok", found)
-    if any(is_public(address) for address in addresses):
-        found = "this computer has a public address; not tried from outside"
-        return Check("reachability", "ok", found, "open the port in the firewall, if there is one")
-    return Check(
-        "reachability",
-        "warn",
-        "only private addresses: behind a router, or a local network",
-        "others reach you through relays; faster: forward a port in the router, then set "
-        "--listen to it and --announce to your public address",
+    judged = judge(
+        facts.addresses,
+        behind_router=facts.behind_router,
+        relays=facts.relays,
+        reached=facts.reached,
     )
+    return Check("reachability", LEVELS[judged.way], judged.found, judged.advice)
 
 
 def check_model(settings: NodeSettings, probes: Probes) -> Check:

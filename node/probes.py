@@ -69,6 +69,9 @@ class SystemProbes:
                 NetworkSettings(
                     listen_addresses=settings.listen_addresses,
                     initial_peers=settings.peers,
+                    announce_addresses=settings.announce_addresses,
+                    use_relays=settings.use_relay,
+                    relays=settings.relays,
                     serve_directory=False,
                 ),
             )
@@ -76,6 +79,9 @@ class SystemProbes:
                 return NetworkFacts(
                     addresses=tuple(await network.addresses()),
                     clock_offset_s=network.clock_offset_s,
+                    behind_router=network.behind_router,
+                    relays=len(network.relays),
+                    reached=(await network.dial_back()).reached,
                 )
             finally:
                 await network.close()

@@ -9,8 +9,8 @@ Rules that hold here:
   was announced (``swarm.placement.may_leave``).
 - Whatever fails before the swap leaves the node ONLINE where it was; loaded blocks are given back.
 - Nobody decides twice within one view of the swarm: the pause is a fresh draw each time.
-- When a block is about to be lost, those who load its blocks fastest decide first, so that the
-  others see them and stay.
+- When a block has no node, those who load it fastest go first, so that the others see them and
+  stay.
 
 What the steps do to engine, service and directory is the wiring's business (``Mover``).
 """
@@ -32,8 +32,9 @@ from swarm.placement import (
     PlacementSettings,
     SpanChoice,
     decide_move,
+    decision_interval_s,
     gains,
-    is_emergency,
+    is_urgent,
     may_leave,
 )
 from swarm.ports import Clock
@@ -51,8 +52,9 @@ class Others(Protocol):
     async def read(self) -> BlockVectors:
         """Read the directory now, without ourselves. Raises NetworkError."""
 
-    async def emergency(self) -> None:
-        """Return at once while a block is about to be lost, else when that begins."""
+    async def emergency(self) -> BlockVectors:
+        """What was read last, while ``decision_interval_s`` of it is shorter than usual; waits
+        for that to begin."""
 
 
 class Mover(Protocol):
@@ -61,6 +63,10 @@ class Mover(Protocol):
     @property
     def node(self) -> PlacedNode:
         """This node as it is announced now."""
+
+    @property
+    def size(self) -> int:
+        """How many blocks it can host."""
 
     def load_s(self) -> Vector:
         """Seconds to get each block ``[number_of_blocks]``: 0 for blocks at hand."""
@@ -129,7 +135,7 @@ class Rebalancer:
         """Decide once, and move if that is worth it."""
         others = await self._others.read()
         choice = self._choice(others)
-        if choice is not None and is_emergency(others, self._settings):
+        if choice is not None and is_urgent(others):
             await self._let_faster_ones_go(choice)
             choice = self._choice(await self._others.read())
         if choice is None:
@@ -142,6 +148,7 @@ class Rebalancer:
             self._mover.node,
             self._mover.load_s(),
             chance=self._dice.random(),
+            size=self._mover.size,
             settings=self._settings,
         )
         return decision.target
@@ -197,10 +204,10 @@ class Rebalancer:
         settings = self._settings
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._dice.uniform(0.0, 2 * settings.interval_s)):
-                await self._others.emergency()
-                await self._clock.sleep(self._dice.uniform(0.0, 2 * settings.emergency_interval_s))
+                interval_s = decision_interval_s(await self._others.emergency(), settings)
+                await self._clock.sleep(self._dice.uniform(0.0, 2 * interval_s))
 
     async def _let_faster_ones_go(self, choice: SpanChoice) -> None:
         """Wait a share of the time that loading takes."""
         load_s = float(self._mover.load_s()[choice.first_block : choice.end_block].sum())
-        await self._clock.sleep(min(load_s / 4, self._settings.emergency_interval_s))
+        await self._clock.sleep(min(load_s / 8, self._settings.emergency_interval_s))

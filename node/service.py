@@ -61,6 +61,8 @@ from swarm.protocol.version import STREAM_PROTOCOL
 
 log = logging.getLogger(__name__)
 
+LEAVE_RELAYS_PERIOD_S = 2.0
+
 _ROUTING = SetRoute | SetPrevious
 
 Resolver = Callable[[PeerId], Awaitable[Sequence[str] | None]]

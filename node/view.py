@@ -69,6 +69,8 @@ class NodeStatus:
     """How long a draining node will still wait for its sessions."""
     clock: str = ""
     """How far this computer's clock is off, in words; empty when it is right."""
+    reachability: str = ""
+    """How others reach this node, in words; empty when not known yet."""
     rests_until: str = ""
     """When a resting node goes on, local time."""
 
@@ -266,6 +268,8 @@ def render(status: NodeStatus) -> RenderableType:
         rows.add_row("" if number else status.state, Text(line, "yellow"))
     if status.clock:
         rows.add_row("clock", Text(f"{status.clock}; the node makes up for it", "yellow"))
+    if status.reachability:
+        rows.add_row("reached", Text(status.reachability))
     rows.add_row("uptime", format_duration(status.uptime_s))
     rows.add_row("peer id", status.peer_id or "connecting")
     for number, address in enumerate(status.addresses):

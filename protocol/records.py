@@ -44,6 +44,7 @@ MAX_LIFETIME_S = 15 * 60
 MAX_SHARDS = 65536
 MAX_ADAPTERS = 16
 MAX_RECORD_ADDRESSES = 8
+MAX_ADDRESS_BYTES = 160
 MAX_TOMBSTONES = 24
 """Lost peers that one witness names in one record."""
 SHARDS_PER_TOMBSTONE_GROUP = 16
@@ -101,7 +102,7 @@ class NodeRecord:
     quantisation: str = wire(19, SMALL_TEXT, "")
     adapters: tuple[str, ...] = wire(20, Array(SMALL_TEXT, MAX_ADAPTERS), ())
     passport_hash: bytes = wire(21, Bytes(0, PASSPORT_HASH_BYTES), b"")
-    addresses: tuple[str, ...] = wire(22, Array(Text(160), MAX_RECORD_ADDRESSES), ())
+    addresses: tuple[str, ...] = wire(22, Array(Text(MAX_ADDRESS_BYTES), MAX_RECORD_ADDRESSES), ())
     reachable_directly: bool = wire(23, Uint(1), False)
     software: str = wire(24, SMALL_TEXT, "")
     display_name: str = wire(25, SMALL_TEXT, "")

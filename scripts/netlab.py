@@ -92,6 +92,7 @@ class Host:
         command: Sequence[str],
         *,
         environment: Mapping[str, str] | None = None,
+        stdin: int | IO[bytes] | None = subprocess.DEVNULL,
         stdout: int | IO[bytes] | None = None,
         stderr: int | IO[bytes] | None = None,
         grace_s: float = 10.0,
@@ -100,6 +101,7 @@ class Host:
         process = KeptProcess(
             [*self.command_prefix, *command],
             environment=environment,
+            stdin=stdin,
             stdout=stdout,
             stderr=stderr,
             grace_s=grace_s,

@@ -357,9 +357,10 @@ def coverage(
     return replicas
 
 
-def _urgent(record: NodeRecord) -> tuple[NodeState, tuple[int, int], tuple[int, int]]:
+def _urgent(record: NodeRecord) -> tuple[object, ...]:
     """What others must learn at once."""
-    return record.state, (record.first_block, record.end_block), record.placed_span
+    span = (record.first_block, record.end_block)
+    return record.state, span, record.placed_span, record.addresses
 
 
 def _most_common(values: Iterable[T]) -> T:

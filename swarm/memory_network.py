@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 DIRECTORY_REQUEST_BYTES = 200
 DIRECTORY_ANSWER_BYTES = 1200
 """An answer without entries: it names the 20 peers nearest to the key."""
-QUICK_READS = 8
-"""So many peers are asked for a key that nobody keeps when one answer is enough."""
-LOOKUP_ROUNDS = 4
-"""So many peers point the way before the first one that keeps the key is met."""
+KEEPERS_ASKED = 3
+"""Of the peers that keep a key, when one answer may be enough."""
+KEEPERS_KNOWN_S = 600.0
+"""So long a peer remembers who keeps a key."""
 PACKET_BYTES = 64 * 1024
 """Streams are cut into packets of at most this size; a link sends them first come, first served."""
 
@@ -414,6 +414,7 @@ class MemoryPeer:
         self.place = _place(peer_id)
         self.checker = RecordChecker()
         self.dice = random.Random(f"{network.seed}/{index}")  # noqa: S311
+        self._keepers_known_until_s: dict[str, float] = {}
         self.directory_bytes_sent = 0
         self.directory_bytes_received = 0
         self.entries: dict[str, dict[PeerId, DirectoryEntry]] = {}
@@ -485,7 +486,7 @@ class MemoryPeer:
         network = self._network
         asked = self._nearest(key, network.settings.directory_reads)
         if until_unix_s < math.inf:
-            asked = self._first_holder(key, asked, until_unix_s)
+            asked = self._keepers_to_ask(key, asked, until_unix_s)
         await self._ask(asked)
         network.record(f"get {self.index}")
         found: dict[PeerId, DirectoryEntry] = {}
@@ -503,17 +504,27 @@ class MemoryPeer:
     def _nearest(self, key: str, count: int) -> list[MemoryPeer]:
         return list(islice(self._network.nearest(key, self), count)) if self._alive else []
 
-    def _first_holder(
+    def _keepers_to_ask(
         self, key: str, nearest: list[MemoryPeer], until_unix_s: float
     ) -> list[MemoryPeer]:
-        """Those who are asked until somebody's entries last long enough; we may keep them too."""
-        if self.keeps_until(key) > until_unix_s:
-            return [self]
-        holder = next((peer for peer in nearest if peer.keeps_until(key) > until_unix_s), None)
-        if holder is None:
-            return nearest[:QUICK_READS]
-        guides = [peer for peer in reversed(nearest) if not peer.entries.get(key)]
-        return [*guides[: LOOKUP_ROUNDS - 1], holder]
+        """A few of those that keep the key, up to one whose entries live long enough.
+
+        Who they are is looked up and then known for a while; that costs traffic, but here it is
+        never out of date.
+        """
+        now_s = self._network.clock.monotonic_s()
+        if self._keepers_known_until_s.get(key, 0.0) <= now_s:
+            self._keepers_known_until_s[key] = now_s + KEEPERS_KNOWN_S
+            for peer in nearest:
+                self._count(peer, DIRECTORY_REQUEST_BYTES, DIRECTORY_ANSWER_BYTES)
+        keepers = nearest[: self._network.settings.directory_replicas]
+        others = [peer for peer in keepers if peer is not self] or keepers
+        asked: list[MemoryPeer] = []
+        for peer in self.dice.sample(others, min(KEEPERS_ASKED, len(others))):
+            asked.append(peer)
+            if peer.keeps_until(key) > until_unix_s:
+                break
+        return asked
 
     def keeps_until(self, key: str) -> float:
         """When the last entry that is kept here under ``key`` expires."""

@@ -236,9 +236,12 @@ class NodesView:
 
     async def _look_for_lost(self) -> float:
         await self._read.wait()
+        known = self.accused
         await self._read_tombstones()
         await self._look_again_for_lost()
-        return announce_period_s(self._settings.tombstones_s, self.shards)
+        pause_s = announce_period_s(self._settings.tombstones_s, self.shards)
+        # One witness seldom comes alone.
+        return pause_s if self.accused.keys() <= known.keys() else pause_s / 4
 
     async def _read_tombstones(self) -> None:
         """Of one group; the others follow in turn."""
@@ -246,9 +249,7 @@ class NodesView:
         group = self._next_group % groups
         self._next_group = group + 1
         key = tombstone_key(self._revision, group)
-        # Later than anything lives: asks all that keep the key, but goes no further.
-        until_unix_s = self._clock.unix_s() + MAX_LIFETIME_S
-        found = await self._reader.read(key, until_unix_s=until_unix_s)
+        found = await self._reader.read(key, until_unix_s=self._clock.unix_s())
         self._testimonies = {
             number: known for number, known in self._testimonies.items() if number < groups
         }

@@ -64,6 +64,8 @@ class PlacementSettings:
     interval_s: float = 300.0
     """Mean time between two decisions of a node."""
     emergency_interval_s: float = 60.0
+    urgent_interval_s: float = 15.0
+    """The same while some block has no node."""
     view_age_s: float = 60.0
     """How old what a node knows of the others may be."""
 
@@ -208,30 +210,56 @@ def decide_move(
     ``hysteresis`` fair shares of the potential. Allowed: :func:`may_leave`. Damped: with the
     probability that the shortage is larger than what the others who decide before they see this
     can bring.
+
+    ``size`` blocks can be hosted. While blocks have no node at all a smaller span that only closes
+    such a gap may be chosen, since it loads faster.
     """
     hosted = node.end_block - node.first_block
     size = min(size or hosted, others.number_of_blocks)
     replicas = others.replicas.copy()
     replicas[node.first_block : node.end_block] += node.availability
     scarce = bool(replicas.mean() < settings.scarce_replicas)
-    urgent = bool((others.planned == 0).any())
-    patience_s = settings.urgent_patience_s if urgent else settings.patience_s
     here = float(gains(others, node, hosted, settings)[node.first_block])
-    there = gains(others, node, size, settings)
-    load_span_s = _sums(load_s, size)
-    worth = ((there - here) * patience_s - abs(here) * load_span_s) / (patience_s + load_span_s)
-    if size == hosted:
-        worth[node.first_block] = -np.inf
-    first = int(np.argmax(worth))
+    options = [_best_option(others, node, size, here, load_s, settings)]
+    if is_urgent(others) and (rescue := min(_longest_gap(others), size)) < size:
+        options.append(_best_option(others, node, rescue, here, load_s, settings))
+    worth, target = max(options, key=lambda option: option[0])
     fair_share = 3.0 * node.speed / max((others.speed + node.speed) / others.number_of_blocks, 1e-9)
-    if worth[first] <= (1.0 if scarce else settings.hysteresis) * fair_share:
+    if worth <= (1.0 if scarce else settings.hysteresis) * fair_share:
         return Decision(None, Stay.BEST)
-    target = SpanChoice(first, first + size, float(there[first]))
-    if not may_leave(others, node, (first, first + size), settings):
+    if not may_leave(others, node, (target.first_block, target.end_block), settings):
         return Decision(None, Stay.UNSAFE)
     if chance >= _needed_share(others, node, settings):
         return Decision(None, Stay.DAMPED)
     return Decision(target)
+
+
+def _best_option(
+    others: BlockVectors,
+    node: PlacedNode,
+    size: int,
+    here: float,
+    load_s: Vector,
+    settings: PlacementSettings,
+) -> tuple[float, SpanChoice]:
+    """The best span of ``size`` blocks, and what going there is worth."""
+    patience_s = settings.urgent_patience_s if is_urgent(others) else settings.patience_s
+    there = gains(others, node, size, settings)
+    load_span_s = _sums(load_s, size)
+    worth = ((there - here) * patience_s - abs(here) * load_span_s) / (patience_s + load_span_s)
+    if size == node.end_block - node.first_block:
+        worth[node.first_block] = -np.inf
+    first = int(np.argmax(worth))
+    return float(worth[first]), SpanChoice(first, first + size, float(there[first]))
+
+
+def _longest_gap(others: BlockVectors) -> int:
+    """Of blocks that nobody has or will have."""
+    longest = length = 0
+    for nodes in others.planned.tolist():
+        length = 0 if nodes else length + 1
+        longest = max(longest, length)
+    return longest
 
 
 def may_leave(
@@ -259,9 +287,18 @@ def may_leave(
     return bool(others.staying[left].min() >= needed)
 
 
-def is_emergency(vectors: BlockVectors, settings: PlacementSettings = DEFAULTS) -> bool:
-    """Whether some block is about to be lost, so that nodes should decide more often."""
-    return bool(vectors.replicas.min() < settings.emergency_replicas)
+def decision_interval_s(vectors: BlockVectors, settings: PlacementSettings = DEFAULTS) -> float:
+    """The mean time between two decisions of a node."""
+    if is_urgent(vectors):
+        return settings.urgent_interval_s
+    if vectors.replicas.min() < settings.emergency_replicas:
+        return settings.emergency_interval_s
+    return settings.interval_s
+
+
+def is_urgent(vectors: BlockVectors) -> bool:
+    """Whether some block has no node and none is on its way there."""
+    return bool((vectors.planned == 0).any())
 
 
 def _needed_share(others: BlockVectors, node: PlacedNode, settings: PlacementSettings) -> float:
@@ -272,7 +309,7 @@ def _needed_share(others: BlockVectors, node: PlacedNode, settings: PlacementSet
     mean_size = float(others.planned.sum() + node.end_block - node.first_block) / nodes
     too_slow = float(np.maximum(0.0, mean - others.throughput).sum()) / mean_speed
     too_few = float(np.maximum(0.0, settings.wanted_replicas - others.replicas).sum()) / mean_size
-    interval_s = settings.emergency_interval_s if is_emergency(others) else settings.interval_s
+    interval_s = decision_interval_s(others, settings)
     deciding = nodes * min(1.0, settings.view_age_s / interval_s)
     return min(1.0, max(too_slow, too_few) / deciding)
 

@@ -25,7 +25,7 @@ class Stream(Protocol):
 
     @property
     def relayed(self) -> bool:
-        """Whether a third peer passes the bytes on; so it stays, also when a better way is found."""
+        """Whether a third peer passes the bytes on; stays so when a better way is found."""
 
     async def send(self, *buffers: Buffer) -> None:
         """Send the buffers one after the other; waits while the link is congested.
@@ -96,10 +96,9 @@ class Directory(Protocol):
     ) -> Mapping[PeerId, DirectoryEntry]:
         """The latest entries under ``key`` that passed validation; empty when there are none.
 
-        Asks all peers that should keep the key. With ``until_unix_s`` it stops at the first one
-        that has an entry which expires later: a fraction of the traffic. A peer that kept the key
-        once, but is not told of new entries any more, soon answers no such question; still, some
-        entries may be missing or older.
+        Asks all peers that should keep the key. With ``until_unix_s`` it asks a few of them in
+        turn and stops at the first one that has an entry which expires later: a fraction of the
+        traffic, but some entries may be missing or older.
         """
 
 

@@ -46,7 +46,7 @@ SAMPLE = 32
 SAMPLE_DEPTH = 8
 """If spans are small: so many nodes for each block, as a mean."""
 LARGEST_SAMPLE = 160
-NEAR_S = 0.020
+NEAR_S = 0.005
 """Added to the delay in the odds of a draw: among near nodes distance should not decide."""
 BOAST = 10.0
 """A node that announces more than so many times the median speed is not drawn more often."""
@@ -213,7 +213,7 @@ def sample_nodes(
 ) -> list[NodeRecord]:
     """Nodes to ask for their load: all of a small swarm, of a large one some drawn by lot.
 
-    Weighted by free capacity and nearness, without replacement. As many as ``SAMPLE``, more where
+    Weighted by speed, nearness, span and load, without replacement. As many as ``SAMPLE``, more where
     spans are small, and more again until they cover ``[first_block, end_block)`` if ``records`` do.
     """
     hosts = [record for record in records if overlaps(record, first_block, end_block)]
@@ -225,13 +225,13 @@ def sample_nodes(
     count = ceil(SAMPLE_DEPTH * (end_block - first_block) * len(hosts) / spans)
     count = min(max(count, SAMPLE), LARGEST_SAMPLE)
     trips_s = round_trip_s or {}
-    usual_speed = median(record.decode_tokens_per_s for record in hosts)
+    fastest = BOAST * median(record.decode_tokens_per_s for record in hosts)
     drawn: list[tuple[float, NodeRecord]] = []
     for record in hosts:
         # The smallest of exponential variables at these rates: the same draw as Gumbel's top k.
-        delay_s = trips_s.get(record.peer_id, UNKNOWN_ROUND_TRIP_S) / 2
-        rate = _free_speed(record, usual_speed) / (NEAR_S + delay_s)
-        drawn.append((dice.expovariate(1.0) / rate, record))
+        trip_s = trips_s.get(record.peer_id, UNKNOWN_ROUND_TRIP_S)
+        odds = _odds(record, first_block, end_block, trip_s, fastest)
+        drawn.append((dice.expovariate(1.0) / odds, record))
     drawn.sort(key=lambda pair: pair[0])
     ordered = [record for _, record in drawn]
     while count < len(ordered) and uncovered(ordered[:count], first_block, end_block):
@@ -239,11 +239,20 @@ def sample_nodes(
     return ordered[:count]
 
 
-def _free_speed(record: NodeRecord, usual_speed: float) -> float:
-    speed = min(record.decode_tokens_per_s, BOAST * usual_speed) or 1 / UNKNOWN_BLOCK_S
-    free = record.cache_tokens_free / max(1, record.cache_tokens_total)
-    idle = 1 - record.busy_permille / 1000
-    return speed * max(0.05, free) * max(0.05, idle) / (1 + record.queued_steps)
+def _odds(
+    record: NodeRecord, first_block: int, end_block: int, round_trip_s: float, fastest: float
+) -> float:
+    """Weight of a node in the draw: by how fast it would pass blocks as a hop, how many, and how
+    free it was when it announced itself.
+
+    Long spans count twice, since a chain of few hops is rarely beaten.
+    """
+    blocks = min(record.end_block, end_block) - max(record.first_block, first_block)
+    speed = min(record.decode_tokens_per_s, fastest) or 1 / UNKNOWN_BLOCK_S
+    hop_s = NEAR_S + round_trip_s / 2 + blocks / speed
+    room = record.cache_tokens_free / max(1, record.cache_tokens_total)
+    idle = (1 - record.busy_permille / 1000) / (1 + record.queued_steps)
+    return blocks**2 / hop_s * max(0.05, room) * max(0.05, idle)
 
 
 # --- what they cost ------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,6 +31,9 @@ from swarm.client.generate import LocalModel, TextSession, stream_generate
 from swarm.client.metrics import ClientMetrics
 from swarm.client.model import SwarmModelForCausalLM
 from swarm.protocol.identity import Identity, PeerId
+
+if TYPE_CHECKING:
+    from swarm.hivemind_network import HivemindNetwork
 
 DTYPE = "float32"
 PARAGRAPH = (
@@ -131,6 +134,7 @@ class Watched:
         self._local = LocalModel(self._ends, self._blocks_of, tokenizer, frozenset())
         self._folder = tempfile.TemporaryDirectory(prefix="swarm-chaos-")
         self.client: SwarmClient | None = None
+        self._network: HivemindNetwork | None = None
 
     async def connect(self, peers: Sequence[str], listen_ip: str = "127.0.0.1") -> None:
         """Join the swarm. Raises NetworkError."""
@@ -147,8 +151,9 @@ class Watched:
                 serve_directory=False,
             ),
         )
-        network_watched = cast(Network, WatchedNetwork(network, self._listener))
-        self.client = SwarmClient(network_watched, observer=self.metrics)
+        self._network = network
+        watched = cast(Network, WatchedNetwork(network, self._listener))
+        self.client = SwarmClient(watched, observer=self.metrics)
 
     @property
     def heals(self) -> int:
@@ -164,6 +169,8 @@ class Watched:
         """Leave the swarm."""
         if self.client is not None:
             await self.client.close()
+        if self._network is not None:
+            await self._network.close()
         self._local.close()
         self._folder.cleanup()
 

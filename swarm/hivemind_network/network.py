@@ -25,6 +25,7 @@ from swarm.addresses import is_global, is_loopback, is_relayed
 from swarm.hivemind_network.daemon import NetworkSettings, cancel_all
 from swarm.hivemind_network.dht_clock import DHT_CLOCK, agreed_offset_s
 from swarm.hivemind_network.listening import with_ports, with_quic, with_quic_of_others
+from swarm.hivemind_network.node import SwarmNode
 from swarm.hivemind_network.peer import LocalPeer
 from swarm.hivemind_network.reachability import DialBack, ask_to_dial_back, is_behind_router
 from swarm.hivemind_network.relays import RelayKeeper
@@ -53,8 +54,6 @@ PUNCHING_PORT = "/ip4/0.0.0.0/udp/0/quic-v1"
 FIRST_RELAY_TIMEOUT_S = 5.0
 DIAL_BACK_TIMEOUT_S = 20.0
 DIRECT_CHECK_S = 0.05
-QUICK_BEAM = 5
-"""So many of the nearest peers are followed when a read need not be complete: who keeps a key."""
 
 
 class HivemindNetwork:
@@ -75,9 +74,7 @@ class HivemindNetwork:
         self._given_up = asyncio.Event()
         self._addresses_changed = asyncio.Event()
         self._relays: RelayKeeper | None = None
-        if settings.use_relays and behind_router:
-            known = settings.relays or settings.initial_peers or settings.fallback_peers
-            self._relays = RelayKeeper(known, lambda: self._p2p, self._addresses_changed.set)
+        self._reached_at = ""
 
     @classmethod
     async def create(cls, identity_path: Path, settings: NetworkSettings) -> HivemindNetwork:
@@ -109,11 +106,20 @@ class HivemindNetwork:
         self._settings = replace(self._settings, listen_addresses=ports)
         await self._join()
         self._own_tasks.add(asyncio.create_task(self._keep_daemon()))
-        if self._relays is not None:
-            self._own_tasks.add(asyncio.create_task(self._relays.run()))
+        if self._settings.use_relays and self._behind_router:
+            relays = self.take_relays()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_RELAY_TIMEOUT_S):
-                    await self._relays.settled()
+                    await relays.settled()
+
+    def take_relays(self) -> RelayKeeper:
+        """Be reached through relays from now on, if there are any."""
+        if self._relays is None:
+            settings = self._settings
+            known = settings.relays or settings.initial_peers or settings.fallback_peers
+            self._relays = RelayKeeper(known, lambda: self._p2p, self._addresses_changed.set)
+            self._own_tasks.add(asyncio.create_task(self._relays.run()))
+        return self._relays
 
     @property
     def peer_id(self) -> PeerId:
@@ -136,6 +142,7 @@ class HivemindNetwork:
             # As others see us: the router lets nobody in there, and an attempt spoils the hole
             # that is punched later.
             own = [address for address in own if not is_global(address)]
+            own += [self._reached_at] if self._reached_at else []
         return [*own, *(self._relays.addresses if self._relays is not None else ())]
 
     async def addresses_changed(self, known: Sequence[str]) -> Sequence[str]:
@@ -168,6 +175,8 @@ class HivemindNetwork:
                 async with asyncio.timeout(DIAL_BACK_TIMEOUT_S):
                     answer = await ask_to_dial_back(self._p2p, connection.peer, self._peer_id, own)
                     if answer.reached is not None:
+                        self._reached_at = answer.address
+                        self._addresses_changed.set()
                         return answer
         return DialBack(None)
 
@@ -176,7 +185,7 @@ class HivemindNetwork:
         return self._local.p2p
 
     @property
-    def _node(self) -> Any:
+    def _node(self) -> SwarmNode:
         return self._local.node
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
@@ -246,9 +255,10 @@ class HivemindNetwork:
             return False  # without an address that others see the daemon punches no holes
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
-                while not await self.is_direct(peer):
+                while True:
+                    if await self.is_direct(peer):
+                        return True
                     await asyncio.sleep(DIRECT_CHECK_S)
-                return True
         return False
 
     async def store(self, key: str, value: bytes, expires_unix_s: float) -> bool:
@@ -259,8 +269,11 @@ class HivemindNetwork:
         self, key: str, *, until_unix_s: float = math.inf
     ) -> Mapping[PeerId, DirectoryEntry]:
         await self._rejoin_when_alone()
-        beam = {"beam_size": QUICK_BEAM} if until_unix_s < math.inf else {}
-        found = await self._node.get(key, sufficient_expiration_time=until_unix_s, **beam)
+        if until_unix_s < math.inf:
+            entries = await self._node.ask_keepers(key, until_unix_s)
+            if entries is not None:
+                return entries
+        found = await self._node.get(key, latest=True)
         if found is None or not isinstance(found.value, dict):
             return {}
         return {

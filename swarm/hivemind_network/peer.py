@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import hivemind.dht.node as hivemind_node
-from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P
 from hivemind.utils.logging import use_hivemind_log_handler
 
 from swarm.hivemind_network.daemon import NetworkSettings, cancel_all, start_daemon, stop_daemon
 from swarm.hivemind_network.dht_clock import DHT_CLOCK
 from swarm.hivemind_network.directory import SignedRecords, SwarmDirectory, directory_id
+from swarm.hivemind_network.node import SwarmNode
 from swarm.record_validation import RecordChecker
 
 RPC_TIMEOUT_S = 3.0
@@ -22,7 +22,7 @@ RPC_TIMEOUT_S = 3.0
 class LocalPeer:
     """Our daemon and DHT node, from ``start`` to ``stop``."""
 
-    def __init__(self, p2p: P2P, node: DHTNode) -> None:
+    def __init__(self, p2p: P2P, node: SwarmNode) -> None:
         self.p2p = p2p
         self.node = node
 
@@ -41,7 +41,7 @@ class LocalPeer:
         DHT_CLOCK.install()
         p2p = await start_daemon(identity_path, settings, behind_router=behind_router)
         try:
-            node = await DHTNode.create(
+            node = await SwarmNode.create(
                 p2p=p2p,
                 node_id=directory_id(p2p.peer_id),
                 client_mode=behind_router or not settings.serve_directory,

@@ -17,8 +17,7 @@ from swarm.simulation.world import World
 
 NOBODY_LEAVES = Churn("none", 1e12)
 SETTLING_S = 1800.0
-GIVE_UP_S = 3600.0
-LOOK_S = 1.0
+GIVE_UP_S = 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,6 @@ async def _simulate(run: PlacementRun, share: float) -> OutageResult:
     world = World(run.blocks)
     volunteers = draw_volunteers(run.nodes, MODELS[run.blocks], dice_of(run.seed, "who"))
     lives = [make_life(run, world, MODELS[run.blocks], volunteer) for volunteer in volunteers]
-    loop = asyncio.get_running_loop()
     async with asyncio.TaskGroup() as group:
         for life in lives:
             life.begins_present = True
@@ -62,10 +60,12 @@ async def _simulate(run: PlacementRun, share: float) -> OutageResult:
             lives[index].go(crash=True)
         uncovered = world.uncovered_blocks()
         hosted = sum(node.end_block - node.first_block for node in world.present.values())
-        started_s = loop.time()
-        while world.uncovered_blocks() and loop.time() - started_s < GIVE_UP_S:
-            await asyncio.sleep(LOOK_S)
-        recovered_s = loop.time() - started_s if not world.uncovered_blocks() else float("inf")
+        recovered_s = float("inf")
+        for look in range(GIVE_UP_S):
+            if not world.uncovered_blocks():
+                recovered_s = float(look)
+                break
+            await asyncio.sleep(1.0)
         for task in (*tasks, watching):
             task.cancel()
     return OutageResult(len(lost), uncovered, hosted / run.blocks, recovered_s)

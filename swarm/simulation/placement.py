@@ -187,6 +187,10 @@ class Life:
             uptime_s=self._clock.monotonic_s() - self._started_s,
         )
 
+    @property
+    def size(self) -> int:
+        return self.volunteer.size
+
     def load_s(self) -> Vector:
         return loading_s(
             self._world.number_of_blocks, self._disk, self.volunteer.download_s_per_block
@@ -317,8 +321,8 @@ class PotentialLife(Life):
         await self._clock.sleep(self._dice.uniform(0.0, READ_S))
         return self._others()
 
-    async def emergency(self) -> None:
-        await self._world.emergency()
+    async def emergency(self) -> BlockVectors:
+        return await self._world.emergency()
 
     async def announce(self, node: PlacedNode) -> None:
         self._span = (node.first_block, node.end_block)

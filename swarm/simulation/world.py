@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from swarm.block_vectors import BlockVectors, PlacedNode, block_vectors
-from swarm.placement import is_emergency
+from swarm.placement import DEFAULTS, decision_interval_s
 from swarm.protocol.identity import PeerId
 from swarm.simulation.optimum import best_throughput, fewest_hops, weakest_stretch
 from swarm.simulation.petals import SharedBalances
@@ -26,6 +26,8 @@ from swarm.virtual_time import LoopClock
 STANDS_ALONE = 1.5
 """A country that hosts so many copies of the model should be covered by its own nodes."""
 VIEW_AGE_S = 30.0
+WATCH_S = 8.0
+"""Between two looks for lost nodes, in a small swarm."""
 VIEW_CHANGES = 0.01
 """Share of the nodes."""
 VIEW_NODES = 800
@@ -86,6 +88,7 @@ class World:
         self._sampled: dict[int, tuple[float, Snapshot]] = {}
         self._sampled_of = 1
         self._emergency = asyncio.Event()
+        self._watched = block_vectors([], number_of_blocks)
         self._weakest_since_s = 0.0
 
     # --- what is true ------------------------------------------------------------------------
@@ -195,13 +198,16 @@ class World:
         self._digest.update(event.encode())
         self._changes += 1
 
-    async def emergency(self) -> None:
+    async def emergency(self) -> BlockVectors:
+        """As ``node.rebalancing.Others``."""
         await self._emergency.wait()
+        return self._watched
 
-    async def watch(self, dice: random.Random, period_s: float = VIEW_AGE_S) -> None:
-        """Look for emergencies as often as nodes read the directory; until cancelled."""
+    async def watch(self, dice: random.Random, period_s: float = WATCH_S) -> None:
+        """Look for emergencies as often as nodes read who was lost; until cancelled."""
         while True:
-            if is_emergency(self.read(dice).vectors):
+            self._watched = self.read(dice).vectors
+            if decision_interval_s(self._watched) < DEFAULTS.interval_s:
                 self._emergency.set()
             else:
                 self._emergency.clear()

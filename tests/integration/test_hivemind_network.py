@@ -283,7 +283,9 @@ async def test_a_daemon_that_dies_is_started_again(tmp_path: Path) -> None:
         # The one that joined through the other finds back by itself.
         await kill_daemon(client)
         async with asyncio.timeout(10):
-            while not await client.get(key):
+            while True:
+                if await client.get(key):
+                    break
                 await asyncio.sleep(0.01)
 
 

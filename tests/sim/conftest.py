@@ -250,6 +250,7 @@ class ToyPlanner:
         self._order = [*preferred, *others]
         self._swarm = swarm
         self.failures: list[tuple[PeerId, FailureKind]] = []
+        self.first_failure: asyncio.Future[PeerId] = asyncio.get_running_loop().create_future()
         self.fails_to_see: set[int] = set()
         """Nodes that it does not know of (yet)."""
 
@@ -288,6 +289,8 @@ class ToyPlanner:
 
     def failed(self, peer: PeerId, kind: FailureKind) -> None:
         self.failures.append((peer, kind))
+        if not self.first_failure.done():
+            self.first_failure.set_result(peer)
 
     def served(self, peer: PeerId, *, blocks: int, step_s: float) -> None:
         return None

@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 
 from swarm import virtual_time
-from swarm.client.chain import ChainTimeouts
-from swarm.client.link import HopFailed
 from swarm.client.metrics import ClientMetrics
 from swarm.connection import Connection
 from swarm.memory_network import LinkSettings, MemorySettings
 from swarm.node.service import ServiceLimits
-from swarm.protocol.errors import ErrorCode, NetworkError, ProtocolError, RemoteError
+from swarm.protocol.errors import (
+    ErrorCode,
+    NetworkError,
+    NoRouteError,
+    ProtocolError,
+    RemoteError,
+)
 from swarm.protocol.identity import Identity
 from swarm.protocol.messages import (
     Attach,
@@ -112,17 +116,16 @@ def test_a_step_takes_one_latency_per_link(toy_swarm: Any, make_tensor: Any) -> 
     virtual_time.run(main())
 
 
-def test_a_crashed_hop_ends_the_chain_with_its_name(toy_swarm: Any, make_tensor: Any) -> None:
+def test_a_crashed_hop_without_a_replica_is_named(toy_swarm: Any, make_tensor: Any) -> None:
     async def main() -> None:
         swarm = toy_swarm(SPANS)
         await swarm.start()
         random = Random(1)
-        with pytest.raises(HopFailed) as caught:
-            async with swarm.chain() as chain:
-                await chain.step(make_tensor(random, 1, 3), 0, output_tokens=1)
-                swarm.network.crash(swarm.nodes[1].peer.peer_id)
+        async with swarm.chain() as chain:
+            await chain.step(make_tensor(random, 1, 3), 0, output_tokens=1)
+            swarm.network.crash(swarm.nodes[1].peer.peer_id)
+            with pytest.raises(NoRouteError, match=r"node 1 \(blocks 2-2\)"):
                 await chain.step(make_tensor(random, 1, 1), 3, output_tokens=1)
-        assert isinstance(caught.value.__cause__, NetworkError | RemoteError)
         await swarm.assert_nothing_left()
 
     virtual_time.run(main())
@@ -137,14 +140,19 @@ def test_a_silent_hop_is_noticed_and_its_neighbours_free_the_session(
         swarm = toy_swarm(SPANS, settings=MemorySettings(give_up_after_s=3600))
         await swarm.start()
         random = Random(1)
-        with pytest.raises(HopFailed) as caught:
-            async with swarm.chain(timeouts=ChainTimeouts(silence_s=10)) as chain:
-                await chain.step(make_tensor(random, 1, 3), 0, output_tokens=1)
-                swarm.network.partition([swarm.nodes[2].peer.peer_id])
-                started_s = swarm.clock.monotonic_s()
-                await chain.step(make_tensor(random, 1, 1), 3, output_tokens=1)
-        assert caught.value.peer_id == swarm.nodes[2].peer.peer_id
-        assert swarm.clock.monotonic_s() - started_s < 20
+        planner = swarm.planner()
+        async with swarm.chain(planner=planner) as chain:
+            await chain.step(make_tensor(random, 1, 3), 0, output_tokens=1)
+            silent = swarm.nodes[2].peer.peer_id
+            swarm.network.partition([silent])
+            started_s = swarm.clock.monotonic_s()
+            stepping = asyncio.create_task(
+                chain.step(make_tensor(random, 1, 1), 3, output_tokens=1)
+            )
+            assert await planner.first_failure == silent
+            assert swarm.clock.monotonic_s() - started_s < 2.4
+            with pytest.raises(NoRouteError):
+                await stepping
         await swarm.assert_nothing_left()
         assert swarm.clock.monotonic_s() - started_s < 60
 
@@ -155,13 +163,12 @@ def test_a_vanished_client_frees_everything(toy_swarm: Any, make_tensor: Any) ->
     async def main() -> None:
         swarm = toy_swarm(SPANS, settings=MemorySettings(give_up_after_s=3600))
         await swarm.start()
-        with pytest.raises(HopFailed):
-            async with swarm.chain() as chain:
-                await chain.step(make_tensor(Random(1), 1, 3), 0, output_tokens=1)
-                swarm.network.partition([swarm.client.peer_id])
-                await chain.step(make_tensor(Random(2), 1, 1), 3, output_tokens=1)
-        await swarm.assert_nothing_left()
-        assert swarm.clock.monotonic_s() < 60
+        async with swarm.chain() as chain:
+            await chain.step(make_tensor(Random(1), 1, 3), 0, output_tokens=1)
+            swarm.network.partition([swarm.client.peer_id])
+            started_s = swarm.clock.monotonic_s()
+            await swarm.assert_nothing_left()
+            assert swarm.clock.monotonic_s() - started_s < 40
 
     virtual_time.run(main())
 
@@ -196,12 +203,12 @@ def test_a_failing_engine_ends_its_session_only(
         await swarm.start()
         async with swarm.chain() as good:
             await good.step(make_tensor(Random(1), 1, 3), 0, output_tokens=1)
-            with pytest.raises(HopFailed) as caught:
-                async with swarm.chain() as bad:
-                    swarm.nodes[1].engine.fail_next = failure
-                    await bad.step(make_tensor(Random(2), 1, 3), 0, output_tokens=1)
-            assert caught.value.code is code
-            assert "secret" not in str(caught.value)
+            metrics = ClientMetrics()
+            async with swarm.chain(observer=metrics) as bad:
+                swarm.nodes[1].engine.fail_next = failure
+                # When there is no other node, the same one is tried again.
+                await bad.step(make_tensor(Random(2), 1, 3), 0, output_tokens=1)
+            assert f'retries_total{{reason="{code.name.lower()}"}} 1.0' in metrics.text()
             await good.step(make_tensor(Random(3), 1, 1), 3, output_tokens=1)
         await swarm.assert_nothing_left()
 
@@ -214,12 +221,10 @@ def test_a_full_node_refuses_and_says_when_to_retry(toy_swarm: Any) -> None:
         swarm.nodes[2].engine.free_tokens = 100
         swarm.nodes[2].engine.total_tokens = 100
         await swarm.start()
-        with pytest.raises(HopFailed) as caught:
+        with pytest.raises(NoRouteError, match="no room") as caught:
             async with swarm.chain(maximum_tokens=101):
                 pass
-        assert caught.value.code is ErrorCode.NO_CAPACITY
         assert caught.value.retry_after_ms > 0
-        assert caught.value.peer_id == swarm.nodes[2].peer.peer_id
         await swarm.assert_nothing_left()
 
     virtual_time.run(main())
@@ -411,18 +416,21 @@ def test_slow_and_silent_peers_are_dropped(toy_swarm: Any) -> None:
     virtual_time.run(main())
 
 
-def test_idle_sessions_expire(toy_swarm: Any) -> None:
+def test_idle_sessions_expire_and_are_opened_again_when_needed(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any
+) -> None:
     async def main() -> None:
-        swarm = toy_swarm(SPANS, limits=ServiceLimits(session_idle_s=50))
+        swarm = toy_swarm(SPANS, limits=ServiceLimits(session_idle_s=300))
         await swarm.start()
-        with pytest.raises(HopFailed) as caught:
-            async with swarm.chain() as chain:
-                await asyncio.sleep(60)  # virtual time; the client pings all the while
-                await chain.step(
-                    WireTensor(DType.FLOAT32, (1, 1, 4), bytes(16)), 0, output_tokens=1
-                )
-        assert caught.value.code is ErrorCode.SESSION_EXPIRED
+        reference = toy_blocks(0, 6, 1)
+        async with swarm.chain() as chain:
+            for position in range(2):
+                sent = make_tensor(Random(position), 1, 1)
+                received = await chain.step(sent, position, output_tokens=1)
+                assert bytes(received.data) == reference.step(bytes(sent.data), 1, position)
+                await asyncio.sleep(1000)
         await swarm.assert_nothing_left()
+        assert all(node.counted.opened >= 2 for node in swarm.nodes)
 
     virtual_time.run(main())
 
@@ -431,11 +439,12 @@ def test_a_closing_service_ends_all_sessions_and_streams(toy_swarm: Any, make_te
     async def main() -> None:
         swarm = toy_swarm(SPANS)
         await swarm.start()
-        with pytest.raises(HopFailed):
-            async with swarm.chain() as chain:
-                await chain.step(make_tensor(Random(1), 1, 3), 0, output_tokens=1)
-                await swarm.nodes[1].service.close()
-                assert swarm.nodes[1].service.sessions == 0
+        async with swarm.chain() as chain:
+            await chain.step(make_tensor(Random(1), 1, 3), 0, output_tokens=1)
+            await swarm.nodes[1].service.close()
+            assert swarm.nodes[1].service.sessions == 0
+            assert swarm.nodes[1].service.streams == 0
+            with pytest.raises(NoRouteError, match="leaving"):
                 await chain.step(make_tensor(Random(1), 1, 1), 3, output_tokens=1)
         await swarm.assert_nothing_left()
 

@@ -23,6 +23,7 @@ from swarm.node.doctor import (
 from swarm.protocol.errors import CheckpointError, ConfigError, NetworkError
 
 PEER = "/ip4/192.0.2.1/tcp/1/p2p/12D3KooWExample"
+HOME = "/ip4/10.0.0.1/tcp/1"
 SETTINGS = NodeSettings(model="m", peers=(PEER,))
 
 
@@ -39,6 +40,9 @@ class FixedProbes:
     peer_id: str | Exception = "12D3KooWMine"
     addresses: tuple[str, ...] | Exception = ("/ip4/8.8.8.8/tcp/31331", "/ip4/127.0.0.1/tcp/31331")
     clock_offset_s: float = 0.0
+    behind_router: bool = False
+    relays: int = 0
+    reached: bool | None = None
     model_facts: ModelFacts | Exception = field(default_factory=lambda: ModelFacts(30, 10**7))
 
     def python_version(self) -> tuple[int, int]:
@@ -71,7 +75,13 @@ class FixedProbes:
     async def network(self, settings: NodeSettings) -> NetworkFacts:
         if isinstance(self.addresses, Exception):
             raise self.addresses
-        return NetworkFacts(self.addresses, clock_offset_s=self.clock_offset_s)
+        return NetworkFacts(
+            self.addresses,
+            clock_offset_s=self.clock_offset_s,
+            behind_router=self.behind_router,
+            relays=self.relays,
+            reached=self.reached,
+        )
 
     def model(self, name: str) -> ModelFacts:
         if isinstance(self.model_facts, Exception):
@@ -109,7 +119,16 @@ async def test_a_good_computer_passes() -> None:
         (FixedProbes(peer_id=ConfigError("chmod 600 it")), "identity", "fail", "chmod 600"),
         (FixedProbes(peer_id=""), "identity", "ok", "first start makes"),
         (FixedProbes(addresses=NetworkError("port in use")), "network", "fail", "free the port"),
-        (FixedProbes(addresses=("/ip4/10.0.0.1/tcp/1",)), "reachability", "warn", "forward a port"),
+        (FixedProbes(addresses=(HOME,)), "reachability", "warn", "only the local network"),
+        (FixedProbes(reached=True), "reachability", "ok", "directly"),
+        (FixedProbes(reached=False), "reachability", "warn", "firewall"),
+        (
+            FixedProbes(addresses=(HOME,), behind_router=True, relays=2),
+            "reachability",
+            "ok",
+            "2 re",
+        ),
+        (FixedProbes(addresses=(HOME,), behind_router=True), "reachability", "warn", "--announce"),
         (FixedProbes(model_facts=CheckpointError("no shard 2")), "model", "fail", "no shard 2"),
         (FixedProbes(model_facts=ModelFacts(1, 10**12)), "model", "fail", "not one block fits"),
     ],

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.block_vectors import (
-    BlockVectors,
     PlacedNode,
     block_vectors,
     placed_nodes,
@@ -25,8 +24,8 @@ from swarm.placement import (
     Stay,
     choose_span,
     decide_move,
+    decision_interval_s,
     gains,
-    is_emergency,
     loading_s,
     may_leave,
     span_size,
@@ -301,10 +300,23 @@ def test_who_only_joins_does_not_keep_a_block_alive() -> None:
     assert not may_leave(block_vectors([joining, node(3, 1, 2)], 2), node(1, 0, 1), (1, 2))
 
 
-def test_an_emergency_is_a_block_about_to_be_lost() -> None:
-    def vectors(replicas: int) -> BlockVectors:
-        return block_vectors([node(i, 0, 4) for i in range(replicas)], 4)
+def test_the_fewer_replicas_the_sooner_nodes_decide() -> None:
+    def interval_s(replicas: int) -> float:
+        swarm = [node(i, 0, 4) for i in range(replicas)] + [node("x", 0, 3), node("y", 0, 3)]
+        return decision_interval_s(block_vectors(swarm, 4))
 
-    assert is_emergency(vectors(0))
-    assert is_emergency(vectors(1))
-    assert not is_emergency(vectors(2))
+    assert [interval_s(replicas) for replicas in range(3)] == [15.0, 60.0, 300.0]
+
+
+def test_a_gap_is_closed_with_a_small_span_that_loads_fast() -> None:
+    swarm = [node(i, 0, 4) for i in range(4)] + [node(i + 9, 5, 9) for i in range(4)]
+    me = swarm[0]
+    others = without(block_vectors(swarm, 9), me)
+    decision = decide_move(others, me, loading_s(9, range(4), 300.0), chance=0.0)
+    assert decision.target is not None
+    assert (decision.target.first_block, decision.target.end_block) == (4, 5)
+    grown = replace(me, first_block=4, end_block=5)
+    others = without(block_vectors([*swarm[1:], grown], 9), grown)
+    again = decide_move(others, grown, nothing_loads(9), chance=0.0, size=4)
+    assert again.target is not None
+    assert again.target.end_block - again.target.first_block == 4
