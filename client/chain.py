@@ -173,6 +173,8 @@ class Chain:
         self._tasks: asyncio.TaskGroup | None = None
         self._readers: set[asyncio.Task[None]] = set()
         self._relayed = 0
+        self._timed: tuple[int, float] | None = None
+        """The latest step that went alone and undisturbed, and when it was sent."""
         self._passes = 0
         self._one_step = asyncio.Lock()
         self._reshaping = asyncio.Lock()
@@ -374,6 +376,8 @@ class Chain:
                 if gap is not None:
                     resume = Resumption.of(self._session)
                     fresh = await hops.fill(*gap, resume, self._journal, excluded)
+                    # Their streams are all new; so is that to the hop behind the gap.
+                    self._broken_joints.difference_update(fresh, hops.following(fresh[-1]))
                     if gap[0] == 0:
                         await self._send_again(fresh[0], resume.step)
                 else:
@@ -538,6 +542,7 @@ class Chain:
 
     def _lost(self, link: Link) -> None:
         """A hop was given up."""
+        self._timed = None
         self._relayed += self._relayed_by_client(link)
         self._broken_joints.discard(link)
         if link.failure is not None:
@@ -594,6 +599,7 @@ class Chain:
     def _mend(self, link: Link) -> None:
         """Give ``link`` a new stream from the hop before it, soon."""
         self._broken_joints.add(link)
+        self._timed = None
         self._trouble.set()
 
     def _take_result(self, result: StepResult) -> None:
@@ -607,6 +613,12 @@ class Chain:
             link.speed.add(issued.tokens, (queue_us + compute_us) / 1e6)
             link.computed_step = max(link.computed_step, issued.step)
             link.mended = 0
+        if self._timed is not None and self._timed[0] == issued.step:
+            self._planner.passed(
+                self._hops.plan.hops,
+                [(link.times.queue_us + link.times.compute_us) / 1e6 for link in self._hops.links],
+                self._clock.monotonic_s() - self._timed[1],
+            )
         self._passes += 1
         future = self._results.pop(issued.step)
         if not future.done():
@@ -648,6 +660,8 @@ class Chain:
             deadline_ms=left_ms,
         )
         self._sent.append(step)
+        if self._request.rows == issued.tokens == len(self._results) == 1:
+            self._timed = (issued.step, self._clock.monotonic_s())
         self._watch.wake()
         first = self._hops.links[0]
         try:

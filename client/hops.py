@@ -121,7 +121,7 @@ class Hops:
         self._on_open = on_open
         self._on_loss = on_loss
         self._fresh: list[Link] = []
-        self._filling: asyncio.Future[None] | None = None
+        self._work_on_hops: asyncio.Future[None] | None = None
         self._last_version = 0
 
     @property
@@ -145,8 +145,9 @@ class Hops:
         return [*self.links, *self._fresh]
 
     @property
-    def is_filling(self) -> bool:
-        return self._filling is not None
+    def is_changing(self) -> bool:
+        """Whether hops are being filled or joined anew at the moment."""
+        return self._work_on_hops is not None
 
     def ends_with(self, link: Link) -> bool:
         """Whether results come from ``link``."""
@@ -171,6 +172,10 @@ class Hops:
             if other.hop.end_block == link.hop.first_block
             or other.hop.first_block == link.hop.end_block
         ]
+
+    def following(self, link: Link) -> list[Link]:
+        """The hop behind ``link``, if there is one."""
+        return [other for other in self.links if other.hop.first_block == link.hop.end_block]
 
     def peers_around(self, link: Link) -> tuple[PeerId | None, PeerId | None]:
         """The peers on both sides; None is the client."""
@@ -197,9 +202,9 @@ class Hops:
         was_part = link in self.links or link in self._fresh
         if link in self.links:
             self.links.remove(link)
-        if self._filling is not None and not self._filling.done():
-            self._filling.set_exception(error)
-            self._filling.exception()  # nobody may be waiting any more
+        if self._work_on_hops is not None and not self._work_on_hops.done():
+            self._work_on_hops.set_exception(error)
+            self._work_on_hops.exception()  # nobody may be waiting any more
         if was_part:
             self._on_loss(link)
 
@@ -226,25 +231,29 @@ class Hops:
         Raises HopFailed for the hop that made it impossible, NoRouteError when there is none to be
         had, and NothingToReplay. The chain is then as before, without the hops that were lost.
         """
-        filling: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._filling = filling
-        work = asyncio.create_task(
-            self._fill(first_block, end_block, resume, journal, tuple(excluded))
-        )
         try:
-            both: set[asyncio.Future[Any]] = {work, filling}
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                return await work
-            await filling
-            raise AssertionError("unreachable: a loss has a reason")
+            return await self._unless_lost(
+                self._fill(first_block, end_block, resume, journal, tuple(excluded))
+            )
         finally:
-            self._filling = None
-            if not work.done():
-                work.cancel()
-                await asyncio.gather(work, return_exceptions=True)
             left, self._fresh = self._fresh, []
             await asyncio.gather(*(self.close(link) for link in left))
+
+    async def _unless_lost(self, work: Coroutine[None, None, T]) -> T:
+        """The outcome of ``work``, or HopFailed as soon as any hop is lost meanwhile."""
+        lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._work_on_hops = lost
+        task = asyncio.create_task(work)
+        try:
+            both: set[asyncio.Future[Any]] = {task, lost}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                lost.result()
+            return await task
+        finally:
+            self._work_on_hops = None
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _fill(
         self,
@@ -456,7 +465,7 @@ class Hops:
 
         Raises HopFailed for ``link`` when ``before`` cannot reach it.
         """
-        await self._set_route(before, link, resume_step=resume_step)
+        await self._unless_lost(self._set_route(before, link, resume_step=resume_step))
 
     def _version(self) -> int:
         self._last_version += 1

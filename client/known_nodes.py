@@ -12,13 +12,14 @@ import logging
 import random
 from dataclasses import dataclass
 
+from swarm.chain_choice import announced_block_s
 from swarm.client.bans import Bans, FailureKind
 from swarm.membership import read_nodes
 from swarm.ports import Clock, Directory
 from swarm.protocol.errors import NetworkError
 from swarm.protocol.identity import PeerId
 from swarm.protocol.records import NodeRecord
-from swarm.routing import UNKNOWN_ROUND_TRIP_S, announced_block_s
+from swarm.routing import UNKNOWN_ROUND_TRIP_S
 
 log = logging.getLogger(__name__)
 

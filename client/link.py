@@ -42,8 +42,8 @@ from swarm.protocol.version import STREAM_PROTOCOL
 from swarm.routing import Hop as PlannedHop
 from swarm.suspicion import PhiAccrual
 
-SIGNS_INTERVAL_S = 0.5
-LEAST_DEVIATION_S = 0.12
+SIGNS_INTERVAL_S = 0.4
+LEAST_DEVIATION_S = 0.1
 
 DIRECT_WITHIN_S = 1.0
 """The stream lives as long as the session: so long it waits for a hole through routers."""
@@ -173,6 +173,7 @@ class Link:
                     self.replayed_length = message.length
                     self._replayed.set()
                 case Pong():
+                    self._signs.answered(self._clock.monotonic_s())
                     if self._ping is not None and message.nonce == self._ping.nonce:
                         self.round_trip_s = self._clock.monotonic_s() - self._pinged_s
                         self._ping = None

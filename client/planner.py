@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from swarm.client.bans import FailureKind
 from swarm.protocol.errors import NoRouteError
 from swarm.protocol.identity import PeerId
-from swarm.routing import ChainPlan
+from swarm.routing import ChainPlan, Hop
 
 
 class Planner(Protocol):
@@ -39,8 +39,11 @@ class Planner(Protocol):
     def failed(self, peer: PeerId, kind: FailureKind) -> None:
         """The peer let a session down: look elsewhere first for a while."""
 
-    def served(self, peer: PeerId, *, blocks: int, step_s: float) -> None:
-        """One token went through so many blocks of the peer in ``step_s``, queueing included."""
+    def passed(self, hops: Sequence[Hop], reported_s: Sequence[float], step_s: float) -> None:
+        """A step of one token went through a whole chain, undisturbed, in ``step_s``.
+
+        ``reported_s`` is what each hop says that it took, queueing included.
+        """
 
     def measured_round_trip(self, peer: PeerId, round_trip_s: float) -> None:
         """A ping of the client came back after ``round_trip_s``."""
@@ -93,7 +96,7 @@ class FixedPlanner:
     def failed(self, peer: PeerId, kind: FailureKind) -> None:
         self.failures.append((peer, kind))
 
-    def served(self, peer: PeerId, *, blocks: int, step_s: float) -> None:
+    def passed(self, hops: Sequence[Hop], reported_s: Sequence[float], step_s: float) -> None:
         return None
 
     def measured_round_trip(self, peer: PeerId, round_trip_s: float) -> None:

@@ -14,6 +14,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from swarm.chain_choice import (
+    CLIENT,
+    Candidate,
+    Place,
+    candidate,
+    charged_s,
+    choose_chain,
+    others_in_batch,
+    place_of,
+)
 from swarm.client.bans import FailureKind
 from swarm.client.known_nodes import KnownNodes
 from swarm.connection import Connection
@@ -31,19 +41,13 @@ from swarm.protocol.messages import AskLoad, LoadReport
 from swarm.protocol.records import NodeRecord
 from swarm.protocol.version import STREAM_PROTOCOL
 from swarm.routing import (
-    CLIENT,
     NO_ROOM,
-    Candidate,
     ChainPlan,
+    Hop,
     Needs,
-    Place,
-    candidate,
-    choose_chain,
     no_route,
     obstacle,
-    others_in_batch,
     overlaps,
-    place_of,
     sample_nodes,
     uncovered,
 )
@@ -157,12 +161,16 @@ class Router:
         """Look elsewhere first for a while; longer each time it happens again."""
         self._known.failed(peer, kind)
 
-    def served(self, peer: PeerId, *, blocks: int, step_s: float) -> None:
-        """One token went through so many blocks of the peer in ``step_s``, queueing included.
+    def passed(self, hops: Sequence[Hop], reported_s: Sequence[float], step_s: float) -> None:
+        """A step of one token went through a whole chain, undisturbed, in ``step_s``.
 
-        From now on this counts, and not what the peer announces.
+        ``reported_s`` is what each hop says that it took, queueing included; what it does not
+        explain is charged to all of them. From now on this counts, and not what they announce.
         """
-        self._known.served(peer, blocks=blocks, step_s=step_s)
+        places = [self._place(hop.peer_id) for hop in hops]
+        for hop, hop_s in zip(hops, charged_s(step_s, reported_s, places), strict=True):
+            blocks = hop.end_block - hop.first_block
+            self._known.served(hop.peer_id, blocks=blocks, step_s=hop_s)
 
     def measured_round_trip(self, peer: PeerId, round_trip_s: float) -> None:
         """A ping of the client came back after ``round_trip_s``."""

@@ -37,9 +37,9 @@ LONGEST_OWN_STALL_S = 0.5
 class WatchSettings:
     """When a client becomes impatient."""
 
-    active_heartbeat_s: float = 0.5
+    active_heartbeat_s: float = 0.4
     """Between pings while a step is on its way."""
-    look_s: float = 0.125
+    look_s: float = 0.1
     """Between looks at what the pings brought."""
     idle_heartbeat_s: float = 5.0
     suspicious_phi: float = 5.0
@@ -47,7 +47,7 @@ class WatchSettings:
     """For neighbours to say whether they reach a suspect."""
     reprieve_s: float = 6.0
     """How long a suspect may stay silent when others still reach it."""
-    standstill_s: float = 1.0
+    standstill_s: float = 2.0
     """For a step to be on its way between two hops, beside what the link usually takes."""
     slowest_step_s: float = 30.0
     """For one hop to compute one step, while nothing is known of its speed."""
@@ -121,7 +121,7 @@ class Watch:
 
     @property
     def _is_active(self) -> bool:
-        return self._session.oldest_in_flight is not None or self._hops.is_filling
+        return self._session.oldest_in_flight is not None or self._hops.is_changing
 
     async def _sleep_while_idle(self, tasks: asyncio.TaskGroup) -> None:
         while not self._is_active:
@@ -203,7 +203,7 @@ class Watch:
         if (
             oldest is None
             or self._hops.first_gap is not None
-            or self._hops.is_filling
+            or self._hops.is_changing
             or any(map(self._is_suspect, self._hops.links))
         ):
             self._standstill = None

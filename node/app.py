@@ -413,7 +413,7 @@ def _describe(engine: dict[str, str]) -> str:
 
 
 def _give_memory_back() -> None:
-    from swarm.node.engine.span_loader import return_freed_memory
+    from swarm.node.engine.freed_memory import return_freed_memory
 
     gc.unfreeze()
     gc.collect()

@@ -26,7 +26,7 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Protocol
 
-from swarm.block_vectors import BlockVectors, PlacedNode, Vector
+from swarm.block_vectors import BlockVectors, PlacedNode, Vector, with_node
 from swarm.placement import (
     DEFAULTS,
     PlacementSettings,
@@ -135,7 +135,7 @@ class Rebalancer:
         """Decide once, and move if that is worth it."""
         others = await self._others.read()
         choice = self._choice(others)
-        if choice is not None and is_urgent(others):
+        if choice is not None and is_urgent(with_node(others, self._mover.node)):
             await self._let_faster_ones_go(choice)
             choice = self._choice(await self._others.read())
         if choice is None:

@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -79,7 +79,7 @@ class ServiceLimits:
     steps_in_flight: int = 4
     hello_timeout_s: float = 5.0
     attach_timeout_s: float = 5.0
-    probe_timeout_s: float = 1.0
+    probe_timeout_s: float = 0.8
     """How long a neighbour may take to answer when a client asks whether it is there."""
     silence_timeout_s: float = 30.0
     """A control stream without any frame (clients ping) for this long is dead."""
@@ -141,6 +141,11 @@ class NodeService:
     def sessions(self) -> int:
         """Sessions open now."""
         return len(self._hops)
+
+    @property
+    def hops(self) -> Collection[Hop]:
+        """The sessions that are open now, as this node sees them."""
+        return self._hops.values()
 
     @property
     def streams(self) -> int:
@@ -297,18 +302,18 @@ class NodeService:
         self._sessions_of[peer] += 1
         self._observer.session_opened()
         try:
-            connection.maximum_payload_bytes = hop.terms.maximum_payload_bytes
-            await connection.send(
-                SessionOpened(
-                    session_id=hop.session_id,
-                    maximum_step_tokens=min(
-                        self._engine.maximum_step_tokens, hop.terms.maximum_step_tokens
-                    ),
-                    maximum_steps_in_flight=hop.terms.maximum_steps_in_flight,
-                    free_cache_tokens=self._engine.load.cache_tokens_free,
-                )
-            )
             async with hop.running():
+                connection.maximum_payload_bytes = hop.terms.maximum_payload_bytes
+                await connection.send(
+                    SessionOpened(
+                        session_id=hop.session_id,
+                        maximum_step_tokens=min(
+                            self._engine.maximum_step_tokens, hop.terms.maximum_step_tokens
+                        ),
+                        maximum_steps_in_flight=hop.terms.maximum_steps_in_flight,
+                        free_cache_tokens=self._engine.load.cache_tokens_free,
+                    )
+                )
                 if not self._accepting:
                     self._tell_draining(hop)
                 await self._read_control(connection, hop)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -116,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
             "--lab", action="store_true", help="each process on a host of the network lab (root)"
         )
         command.add_argument("--model", type=Path, help="checkpoint directory; the demo model")
-        command.add_argument("--logs", type=Path, help="folder for the nodes' logs")
+        command.add_argument("--logs", type=Path, help="folder for all logs")
         command.add_argument("--json", type=Path, help="file for the numbers")
     return parser
 
@@ -145,6 +146,12 @@ def main() -> None:
     end_on_sigterm()
     # Before torch is imported: our own computing shares the cores with the nodes'.
     os.environ.update(compute_environment(1) | {"HF_HUB_OFFLINE": "1"})
+    if options.logs is not None:
+        options.logs.mkdir(parents=True, exist_ok=True)
+        logging.basicConfig(
+            filename=options.logs / "client.log", format="%(asctime)s %(name)s: %(message)s"
+        )
+        logging.getLogger("swarm").setLevel(logging.DEBUG)
     try:
         if options.model is None:
             options.model = prepare_with_progress(console)

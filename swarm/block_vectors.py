@@ -177,32 +177,46 @@ def _groups(labels: Iterable[str]) -> dict[str, list[int]]:
     return members
 
 
+def with_node(vectors: BlockVectors, node: PlacedNode) -> BlockVectors:
+    """The vectors with one node more."""
+    return _changed(vectors, node, 1)
+
+
 def without(vectors: BlockVectors, node: PlacedNode) -> BlockVectors:
     """The vectors of all others; ``node`` must be as it was counted."""
+    return _changed(vectors, node, -1)
+
+
+def _changed(vectors: BlockVectors, node: PlacedNode, sign: int) -> BlockVectors:
     start, end = node.planned
     span = slice(start, end)
     throughput, replicas = vectors.throughput.copy(), vectors.replicas.copy()
     planned, staying = vectors.planned.copy(), vectors.staying.copy()
-    share = node.speed / max(end - start, 1)
-    throughput[span] = np.maximum(throughput[span] - share, 0.0)
-    replicas[span] = np.maximum(replicas[span] - node.availability, 0.0)
-    planned[span] -= 1
-    staying[slice(*node.staying)] -= 1
+    share = sign * node.speed / max(end - start, 1)
+    throughput[span] = np.maximum(throughput[span] + share, 0.0)
+    replicas[span] = np.maximum(replicas[span] + sign * node.availability, 0.0)
+    planned[span] += sign
+    staying[slice(*node.staying)] += sign
     single_nodes = vectors.single_nodes
     of_organisation = dict(vectors.of_organisation)
     of_country = dict(vectors.of_country)
     hosted_in_country = dict(vectors.hosted_in_country)
     if node.organisation:
-        of_organisation[node.organisation] = of_organisation[node.organisation].copy()
-        of_organisation[node.organisation][span] -= 1
+        known = of_organisation.get(node.organisation)
+        organisation = np.zeros_like(planned) if known is None else known.copy()
+        organisation[span] += sign
+        of_organisation[node.organisation] = organisation
     else:
         single_nodes = single_nodes.copy()
-        single_nodes[span] -= 1
+        single_nodes[span] += sign
     if node.country:
-        country = of_country[node.country].copy()
-        country[span] = np.maximum(country[span] - share, 0.0)
+        there = of_country.get(node.country)
+        country = np.zeros_like(throughput) if there is None else there.copy()
+        country[span] = np.maximum(country[span] + share, 0.0)
         of_country[node.country] = country
-        hosted_in_country[node.country] -= end - start
+        hosted_in_country[node.country] = hosted_in_country.get(node.country, 0) + sign * (
+            end - start
+        )
     return BlockVectors(
         throughput,
         replicas,
@@ -212,5 +226,5 @@ def without(vectors: BlockVectors, node: PlacedNode) -> BlockVectors:
         of_organisation,
         of_country,
         hosted_in_country,
-        vectors.nodes - 1,
+        vectors.nodes + sign,
     )

@@ -227,7 +227,7 @@ class Announcer:
         return self._clock.unix_s() + FRESH_PERIODS * self.period_s
 
     def _next_sequence(self) -> int:
-        """Grows across restarts too, since it follows the clock."""
+        """Milliseconds: so it grows across restarts too, and none is of the future."""
         self._last_sequence = max(self._last_sequence + 1, int(self._clock.unix_s() * 1000))
         return self._last_sequence
 
@@ -318,7 +318,7 @@ async def read_nodes(
                 newest[record.peer_id] = record
         elif isinstance(record, TombstoneRecord):
             testimonies.append(record)
-    lost = lost_nodes(accusations(testimonies, newest), newest)
+    lost = lost_nodes(accusations(testimonies, newest, clock.unix_s()), newest)
     return [newest[peer_id] for peer_id in sorted(newest) if peer_id not in lost]
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from swarm.membership import (
@@ -36,7 +37,7 @@ from swarm.protocol.records import (
     tombstone_groups,
     tombstone_key,
 )
-from swarm.tombstones import Tombstones
+from swarm.tombstones import Accusations, Tombstones
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ LOOKUP_BYTES = 6000
 """To find who keeps a key."""
 LONGEST_PASS_S = 240.0
 """Records live a little longer; who cannot read all shards in this time reads some of them."""
+LOOKS_AT_THE_LOST = (2, 4, 8, 16)
+"""Of the looks for lost nodes, those at which a lost one's record is read again."""
 RETRY_S = 5.0
 
 
@@ -145,8 +148,8 @@ class NodesView:
         return self._tombstones.lost
 
     @property
-    def accused(self) -> Mapping[PeerId, Collection[PeerId]]:
-        """Witnesses by node that somebody takes for dead, whether they suffice or not."""
+    def accused(self) -> Accusations:
+        """Whom somebody takes for dead, whether the witnesses suffice or not."""
         return self._tombstones.accused
 
     async def ready(self) -> None:
@@ -214,7 +217,12 @@ class NodesView:
         return await self._reader.read(key, until_unix_s=self._until())
 
     def _until(self) -> float:
-        """A peer that keeps a shard has an entry in it that lives for so long."""
+        """A peer that keeps a shard has an entry in it that lives for so long.
+
+        Who has begun to keep it lately has not heard of everybody: the first time all are asked.
+        """
+        if not self._passes:
+            return math.inf
         period_s = announce_period_s(ANNOUNCE_PERIOD_S, self.shards)
         return self._clock.unix_s() + FRESH_PERIODS * period_s
 
@@ -260,7 +268,8 @@ class NodesView:
         """Who is called dead and lives has announced itself again by now: do not miss that."""
         looks = {peer: self._looks_since_lost.get(peer, 0) + 1 for peer in sorted(self.lost)}
         self._looks_since_lost = looks
-        shards = {shard_of(peer, self.shards) for peer, count in looks.items() if count == 2}
+        due = (peer for peer, count in looks.items() if count in LOOKS_AT_THE_LOST)
+        shards = {shard_of(peer, self.shards) for peer in due}
         for shard in sorted(shards):
             self._add(await self._read_shard(shard))
 
@@ -302,6 +311,7 @@ class NodesView:
             if testimony.expires_unix_s > now_unix_s
         ]
         nodes = {peer: node.record for peer, node in self._known.items()}
-        self._tombstones.update(testimonies, nodes, self._clock.monotonic_s())
+        now_s = self._clock.monotonic_s()
+        self._tombstones.update(testimonies, nodes, now_s=now_s, now_unix_s=now_unix_s)
         if self._own in self._tombstones.accused and self._on_accused is not None:
             self._on_accused()

@@ -29,8 +29,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
+import numpy.typing as npt
 
-from swarm.block_vectors import BlockVectors, Counts, PlacedNode, Vector
+from swarm.block_vectors import BlockVectors, Counts, PlacedNode, Vector, with_node
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class PlacementSettings:
     interval_s: float = 300.0
     """Mean time between two decisions of a node."""
     emergency_interval_s: float = 60.0
-    urgent_interval_s: float = 15.0
+    urgent_interval_s: float = 10.0
     """The same while some block has no node."""
     view_age_s: float = 60.0
     """How old what a node knows of the others may be."""
@@ -184,6 +185,7 @@ class Stay(StrEnum):
 
     BEST = "no span is worth the move"
     UNSAFE = "too few others serve the blocks that would be left"
+    NOT_URGENT = "blocks that nobody serves come first"
     DAMPED = "enough others will decide in the same minute"
 
 
@@ -216,17 +218,20 @@ def decide_move(
     """
     hosted = node.end_block - node.first_block
     size = min(size or hosted, others.number_of_blocks)
-    replicas = others.replicas.copy()
-    replicas[node.first_block : node.end_block] += node.availability
-    scarce = bool(replicas.mean() < settings.scarce_replicas)
+    urgent = is_urgent(with_node(others, node))
+    scarce = _mean_replicas(others, node) < settings.scarce_replicas
+    patience_s = settings.urgent_patience_s if urgent else settings.patience_s
     here = float(gains(others, node, hosted, settings)[node.first_block])
-    options = [_best_option(others, node, size, here, load_s, settings)]
-    if is_urgent(others) and (rescue := min(_longest_gap(others), size)) < size:
-        options.append(_best_option(others, node, rescue, here, load_s, settings))
+    options = [_best_option(others, node, size, here, load_s, patience_s, settings)]
+    if urgent and (rescue := min(_longest_gap(with_node(others, node)), size)) < size:
+        options.append(_best_option(others, node, rescue, here, load_s, patience_s, settings))
     worth, target = max(options, key=lambda option: option[0])
     fair_share = 3.0 * node.speed / max((others.speed + node.speed) / others.number_of_blocks, 1e-9)
     if worth <= (1.0 if scarce else settings.hysteresis) * fair_share:
         return Decision(None, Stay.BEST)
+    unserved = _unserved(others, node)
+    if unserved.any() and not unserved[target.first_block : target.end_block].any():
+        return Decision(None, Stay.NOT_URGENT)
     if not may_leave(others, node, (target.first_block, target.end_block), settings):
         return Decision(None, Stay.UNSAFE)
     if chance >= _needed_share(others, node, settings):
@@ -240,10 +245,10 @@ def _best_option(
     size: int,
     here: float,
     load_s: Vector,
+    patience_s: float,
     settings: PlacementSettings,
 ) -> tuple[float, SpanChoice]:
     """The best span of ``size`` blocks, and what going there is worth."""
-    patience_s = settings.urgent_patience_s if is_urgent(others) else settings.patience_s
     there = gains(others, node, size, settings)
     load_span_s = _sums(load_s, size)
     worth = ((there - here) * patience_s - abs(here) * load_span_s) / (patience_s + load_span_s)
@@ -277,14 +282,22 @@ def may_leave(
     left[slice(*target)] = False
     if not left.any():
         return True
-    replicas = (
-        others.replicas.mean()
-        + node.availability * (node.end_block - node.first_block) / others.number_of_blocks
-    )
-    target_helps = bool((others.planned[slice(*target)] == 0).any())
-    relaxed = target_helps or replicas < settings.scarce_replicas
+    rescues = bool(_unserved(others, node)[slice(*target)].any())
+    relaxed = rescues or _mean_replicas(others, node) < settings.scarce_replicas
     needed = 1 if relaxed else settings.safe_replicas
     return bool(others.staying[left].min() >= needed)
+
+
+def _unserved(others: BlockVectors, node: PlacedNode) -> npt.NDArray[np.bool_]:
+    """Blocks that nobody serves, ``node`` included."""
+    unserved: npt.NDArray[np.bool_] = others.staying == 0
+    unserved[node.first_block : node.end_block] = False
+    return unserved
+
+
+def _mean_replicas(others: BlockVectors, node: PlacedNode) -> float:
+    own = node.availability * (node.end_block - node.first_block)
+    return (float(others.replicas.sum()) + own) / others.number_of_blocks
 
 
 def decision_interval_s(vectors: BlockVectors, settings: PlacementSettings = DEFAULTS) -> float:
@@ -309,7 +322,7 @@ def _needed_share(others: BlockVectors, node: PlacedNode, settings: PlacementSet
     mean_size = float(others.planned.sum() + node.end_block - node.first_block) / nodes
     too_slow = float(np.maximum(0.0, mean - others.throughput).sum()) / mean_speed
     too_few = float(np.maximum(0.0, settings.wanted_replicas - others.replicas).sum()) / mean_size
-    interval_s = decision_interval_s(others, settings)
+    interval_s = decision_interval_s(with_node(others, node), settings)
     deciding = nodes * min(1.0, settings.view_age_s / interval_s)
     return min(1.0, max(too_slow, too_few) / deciding)
 

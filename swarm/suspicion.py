@@ -24,15 +24,15 @@ class PhiAccrual:
         self._least_deviation_s = least_deviation_s
         # As if there had been some already: one measurement says nothing.
         self._intervals_s = deque([interval_s, 1.5 * interval_s], maxlen=WINDOW)
-        self._last_heard_s = now_s
+        self._last_answer_s = self._last_heard_s = now_s
+
+    def answered(self, now_s: float) -> None:
+        """The sign of life that was asked for arrived."""
+        self._intervals_s.append(now_s - self._last_answer_s)
+        self._last_answer_s = self._last_heard_s = now_s
 
     def heard(self, now_s: float) -> None:
-        """A sign of life arrived."""
-        self._intervals_s.append(now_s - self._last_heard_s)
-        self._last_heard_s = now_s
-
-    def forgive(self, now_s: float) -> None:
-        """Do not count the silence so far: we did not listen."""
+        """Anything else arrived: the peer is alive, but says nothing about when answers come."""
         self._last_heard_s = now_s
 
     def phi(self, now_s: float) -> float:

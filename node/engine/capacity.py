@@ -12,6 +12,7 @@ from swarm.catalogue.checkpoint import Checkpoint
 from swarm.compute.devices import dtype_name
 from swarm.node.engine.api import CacheRequest
 from swarm.node.engine.cache import CacheBudget, SpanCache
+from swarm.node.engine.contention import read_schedule_s
 from swarm.node.engine.ragged import RaggedBatch
 from swarm.node.engine.span_loader import Span
 from swarm.protocol.tensors import DType
@@ -65,7 +66,9 @@ class MeasuredSpeed:
 def measure_speed(span: Span) -> MeasuredSpeed:
     """Run the span's first block alone, for a fraction of a second, with a cache of its own.
 
-    The best of several runs: what else the machine does now is announced as load, not as speed.
+    The best of several runs, without the time in which its threads waited for a core: what else the
+    machine does now is announced as load, not as speed. Nodes that start together on one machine
+    would otherwise measure each other.
     """
     return MeasuredSpeed(
         decode_tokens_per_s=_tokens_per_s(span, 1),
@@ -83,9 +86,20 @@ def _tokens_per_s(span: Span, tokens: int) -> float:
     durations_s: list[float] = []
     deadline_s = time.perf_counter() + _BENCHMARK_S
     while len(durations_s) < 2 or (time.perf_counter() < deadline_s and len(durations_s) < 50):
-        started_s = time.perf_counter()
+        before_s, started_s = read_schedule_s(), time.perf_counter()
         batch = RaggedBatch([cache], [0], [tokens])
         output = span.forward(hidden, batch, request.first_block, request.end_block)
         output[0, 0, 0].item()  # waits for an asynchronous device
-        durations_s.append(time.perf_counter() - started_s)
+        duration_s, after_s = time.perf_counter() - started_s, read_schedule_s()
+        durations_s.append(duration_s * _share_with_a_core(before_s, after_s))
     return tokens / min(durations_s[1:])
+
+
+def _share_with_a_core(
+    before_s: tuple[float, float] | None, after_s: tuple[float, float] | None
+) -> float:
+    """The part of the time in which threads that wanted a core had one; 1 where unknown."""
+    if before_s is None or after_s is None:
+        return 1.0
+    ran_s, waited_s = after_s[0] - before_s[0], after_s[1] - before_s[1]
+    return ran_s / (ran_s + waited_s) if ran_s > 0 else 1.0

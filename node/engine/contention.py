@@ -81,13 +81,23 @@ class ContentionMeter:
 
 def read_waited_s(tasks: Path = Path("/proc/self/task")) -> float | None:
     """How long all threads of this process have waited for a core so far; None where unknown."""
-    waited_ns = 0
+    schedule = read_schedule_s(tasks)
+    return None if schedule is None else schedule[1]
+
+
+def read_schedule_s(tasks: Path = Path("/proc/self/task")) -> tuple[float, float] | None:
+    """How long all threads of this process have run on a core, and waited for one, so far.
+
+    None where the kernel does not tell.
+    """
+    ran_ns = waited_ns = 0
     try:
         for thread in os.listdir(tasks):
             try:
-                waited_ns += int((tasks / thread / "schedstat").read_text().split()[1])
+                ran, waited = (tasks / thread / "schedstat").read_text().split()[:2]
             except FileNotFoundError:  # the thread ended meanwhile
                 continue
-    except (OSError, ValueError, IndexError):
+            ran_ns, waited_ns = ran_ns + int(ran), waited_ns + int(waited)
+    except (OSError, ValueError):
         return None
-    return waited_ns / 1e9
+    return ran_ns / 1e9, waited_ns / 1e9

@@ -25,7 +25,8 @@ from swarm.node.engine.api import (
 )
 from swarm.node.engine.batching import BatchLimits
 from swarm.node.engine.cache import CacheBudget, SpanCache
-from swarm.node.engine.span_loader import Progress, Span, load_span, return_freed_memory
+from swarm.node.engine.freed_memory import return_freed_memory
+from swarm.node.engine.span_loader import Progress, Span, load_span
 from swarm.node.engine.worker import BatchObserver, Worker
 from swarm.protocol.errors import ErrorCode, ProtocolError, UsageError
 from swarm.protocol.messages import MAX_PAYLOAD_BYTES

@@ -7,8 +7,6 @@ No embeddings, no final norm, no head: these are the client's.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -22,7 +20,9 @@ from swarm.compute.wire_tensors import byte_view
 from swarm.node.engine import families
 from swarm.node.engine.attention import register_attention
 from swarm.node.engine.cache import CacheShape
+from swarm.node.engine.freed_memory import return_freed_memory
 from swarm.node.engine.fused import Replacements, replace_modules
+from swarm.node.engine.layouts import Layouts
 from swarm.node.engine.ragged import RaggedBatch
 from swarm.protocol.errors import CheckpointError, UsageError
 
@@ -49,6 +49,7 @@ class Span:
     weight_bytes: int
     replacements: Replacements
     layers: list[nn.Module]
+    layouts: Layouts
     _layer_types: list[str]
     _rotary: nn.Module
     _rotary_takes_layer_type: bool
@@ -136,18 +137,12 @@ def load_span(
         weight_bytes=weight_bytes,
         replacements=replacements,
         layers=layers,
+        layouts=Layouts(layers),
         _layer_types=list(families.layer_types(config)),
         # Outside of the meta device: its frequencies are computed, not loaded.
         _rotary=family.rotary_embedding(config).to(device),
         _rotary_takes_layer_type=family.rotary_takes_layer_type,
     )
-
-
-def return_freed_memory() -> None:
-    """Give what packing has freed back to the system; glibc would keep it (40 % of a span)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _fill(

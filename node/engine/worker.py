@@ -29,8 +29,9 @@ from swarm.node.engine.batching import SHORT_STEP_TOKENS, BatchLimits, WaitingSt
 from swarm.node.engine.cache import SpanCache
 from swarm.node.engine.contention import ContentionMeter, ThreadGovernor, read_waited_s
 from swarm.node.engine.device_threads import DeviceThreads
+from swarm.node.engine.freed_memory import return_freed_memory
 from swarm.node.engine.ragged import RaggedBatch
-from swarm.node.engine.span_loader import Span, return_freed_memory
+from swarm.node.engine.span_loader import Span
 from swarm.protocol.errors import ErrorCode, ProtocolError
 from swarm.protocol.tensors import WireTensor
 
@@ -220,6 +221,7 @@ class Worker:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._deliver, jobs, results, report, started_s, ended_s)
             meter.computed(ended_s, ended_s - started_s)
+            self._span.layouts.after_step(report.tokens)
 
     def _take(self) -> list[_Job]:
         """Wait for the next batch; empty at the end."""

@@ -1,7 +1,7 @@
 """Every kind of fault, on every hop, at every moment: one session at a time on one swarm.
 
-After that, how long a user waits: kills and freezes at 512 tokens of context, against a limit that
-counts the prefill of the lost span as it was measured in the same run.
+After that, how long a user waits at 512 tokens of context, against limits that count the prefill of
+the lost span as it was measured in the same run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ PROMPT_TOKENS = 96
 NEW_TOKENS = 20
 SPECULATED_TOKENS = 40
 LONG_PROMPT_TOKENS = 512
-LIMITS_S = {"kill": 1.0, "freeze": 3.0}
+PATIENT_TOKENS = 160
+"""Of an answer that is long enough to find out that a hop has become slow."""
+SLOW = "slow"
+DRAIN = "drain"
+DRAIN_FACTOR = 3.0
+"""When a node leaves by plan, no token comes later than so many median steps."""
+LIMITS_S = {"kill": 1.0, "freeze": 3.0, "partition": 3.0}
 """How long a fault may keep a user waiting, beside the prefill of the lost span."""
 PREFILL_FACTOR = 1.2
 TIMED_MOMENT = Moment("token 5 of a long context", "timing", "token", count=5)
@@ -82,6 +88,10 @@ class Outcome:
     case: Case
     stall_s: float | None = None
     """Of the user; see ``Session.stall_s``."""
+    longest_step_s: float = 0.0
+    """Between two tokens, from the fault to the end of the answer."""
+    median_step_s: float = 0.0
+    """Between two tokens of this session."""
     duration_s: float = 0.0
     heals: int = 0
     replayed_tokens: int = 0
@@ -161,6 +171,8 @@ class Matrix:
             outcome.problems += _problems_of(session)
             if strike.struck_s is not None:
                 outcome.stall_s = session.stall_s(strike.struck_s)
+                outcome.longest_step_s = session.longest_step_s(strike.struck_s)
+            outcome.median_step_s = session.median_step_s
         for fighter in strike.hurt:
             if fighter.fault is not None and fighter.fault.ends_node:
                 self._arena.mend_soon(fighter)
@@ -191,22 +203,22 @@ class Matrix:
         return {stage: statistics.median(values) for stage, values in measured.items()}
 
     async def timed(
-        self, long: Task, rounds: int, stages: Sequence[int]
-    ) -> list[tuple[Outcome, str]]:
-        """Kills and freezes in the middle of ``long``; each outcome with a line about its limit."""
-        found = []
-        await self._arena.mended()
-        prefill_s = await self.prefill_s(long)
-        for kind, beside_s in LIMITS_S.items():
-            for stage in tuple(stages) * rounds:
-                await self._arena.mended()  # nobody else uses the cores
-                outcome = await self.run(Case(kind, TIMED_MOMENT, (stage,)), long)
-                limit_s = beside_s + PREFILL_FACTOR * prefill_s[stage]
-                if outcome.stall_s is None or outcome.stall_s > limit_s:
-                    outcome.problems.append(f"next token after more than {limit_s:.2f} s")
-                stall = "never" if outcome.stall_s is None else f"{outcome.stall_s:.2f} s"
-                found.append((outcome, f"{outcome.case.label}: {stall}, limit {limit_s:.2f} s"))
-        return found
+        self, kind: str, stage: int, task: Task, prefill_s: dict[int, float]
+    ) -> tuple[Outcome, str]:
+        """A fault in the middle of ``task``, and a line that says how it is to its limit."""
+        await self._arena.mended()  # nobody else uses the cores
+        outcome = await self.run(Case(kind, TIMED_MOMENT, (stage,)), task)
+        if kind == SLOW:
+            outcome.problems += [] if outcome.heals else ["the slow hop was not replaced"]
+            return outcome, f"{outcome.case.label}: replaced {outcome.heals} times"
+        if kind == DRAIN:
+            taken_s, limit_s = outcome.longest_step_s, DRAIN_FACTOR * outcome.median_step_s
+        else:
+            taken_s = outcome.stall_s if outcome.stall_s is not None else CASE_TIMEOUT_S
+            limit_s = LIMITS_S[kind] + PREFILL_FACTOR * prefill_s[stage]
+        if taken_s > limit_s:
+            outcome.problems.append(f"{taken_s:.2f} s to the next token, limit {limit_s:.2f} s")
+        return outcome, f"{outcome.case.label}: {taken_s:.2f} s, limit {limit_s:.2f} s"
 
     async def _compute_seconds(self) -> dict[PeerId, float]:
         live = [one for one in self._arena.fighters.values() if one.fault is None]
@@ -340,6 +352,7 @@ def run_matrix(plan: MatrixPlan, console: Console) -> bool:
         (plain,) = make_tasks(plan.model, [PROMPT_TOKENS], NEW_TOKENS)
         (looked_up,) = make_tasks(plan.model, [PROMPT_TOKENS], SPECULATED_TOKENS, speculative=True)
         (long,) = make_tasks(plan.model, [LONG_PROMPT_TOKENS], NEW_TOKENS)
+        (patient,) = make_tasks(plan.model, [PROMPT_TOKENS], PATIENT_TOKENS)
         watched = Watched(plan.model, background, lambda event: started[0].hear(event))
     outcomes: list[Outcome] = []
     problems: list[str] = []
@@ -359,9 +372,18 @@ def run_matrix(plan: MatrixPlan, console: Console) -> bool:
                     print_outcome(console, outcomes[-1])
                     progress.advance(bar)
             if plan.timing_rounds:
-                timed = await matrix.timed(long, plan.timing_rounds, plan.stages)
-                outcomes.extend(outcome for outcome, _ in timed)
-                limits.extend(line for _, line in timed)
+                await arena.mended()
+                prefill_s = await matrix.prefill_s(long)
+                limits.append(f"prefill of 512 tokens in each span: {_seconds(prefill_s)}")
+                for kind in plan.kinds:
+                    if kind not in (*LIMITS_S, DRAIN, SLOW):
+                        continue
+                    for stage in plan.stages * plan.timing_rounds:
+                        task = patient if kind == SLOW else long
+                        outcome, line = await matrix.timed(kind, stage, task, prefill_s)
+                        outcomes.append(outcome)
+                        print_outcome(console, outcome)
+                        limits.append(line)
             if plan.last_replica:
                 for stage in plan.stages:
                     seen = await lose_all_replicas(arena, watched, plain, stage)
@@ -380,6 +402,10 @@ def run_matrix(plan: MatrixPlan, console: Console) -> bool:
     if plan.json is not None:
         plan.json.write_text(json.dumps(matrix_document(outcomes, problems), indent=1))
     return not problems and not any(outcome.problems for outcome in outcomes)
+
+
+def _seconds(by_stage: dict[int, float]) -> str:
+    return ", ".join(f"{seconds:.2f} s" for _, seconds in sorted(by_stage.items()))
 
 
 def _progress(console: Console) -> Progress:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -90,6 +91,17 @@ class Session:
         if not after:
             return None
         return max(later - one for one, later in itertools.pairwise([since_s, *after]))
+
+    def longest_step_s(self, since_s: float) -> float:
+        """The longest wait for a token from a fault on; 0 when there was no token any more."""
+        after = [at_s for at_s in self.times_s if at_s >= since_s]
+        return max((b - a for a, b in itertools.pairwise([since_s, *after])), default=0.0)
+
+    @property
+    def median_step_s(self) -> float:
+        """Between two tokens; 0 when there were fewer."""
+        gaps = [b - a for a, b in itertools.pairwise(self.times_s)]
+        return statistics.median(gaps) if gaps else 0.0
 
 
 def make_tasks(

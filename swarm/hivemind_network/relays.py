@@ -93,7 +93,7 @@ class RelayKeeper:
         self._daemon = daemon
         self._changed = changed
         self._held: dict[PeerId, Reservation] = {}
-        self._refused_until_s: dict[PeerId, float] = {}
+        self._failed_s: dict[PeerId, float] = {}
         self._settled = asyncio.Event()
 
     @property
@@ -122,14 +122,18 @@ class RelayKeeper:
     async def _round(self) -> None:
         await self._try_all(list(self._held))
         missing = RELAYS_WANTED - len(self._held)
-        if missing > 0:
-            await self._try_all([peer for peer in self._known if peer not in self._held][:missing])
+        # Those that failed longest ago come first, and all the others before them.
+        free = sorted(
+            (peer for peer in self._known if peer not in self._held),
+            key=lambda peer: self._failed_s.get(peer, 0.0),
+        )
+        await self._try_all(free[:missing])
         if len(self._held) < min(RELAYS_WANTED, 2):
             others = await self._other_candidates()
             await self._try_all(others[: RELAYS_WANTED - len(self._held)])
 
     async def _other_candidates(self) -> list[PeerId]:
-        now_s = time.monotonic()
+        asked_after_s = time.monotonic() - REFUSAL_COUNTS_S
         found = dict.fromkeys(
             connection.peer
             for connection in await list_connections(self._daemon())
@@ -140,7 +144,7 @@ class RelayKeeper:
             for peer in found
             if peer not in self._held
             and peer not in self._known
-            and self._refused_until_s.get(peer, 0.0) <= now_s
+            and self._failed_s.get(peer, -REFUSAL_COUNTS_S) < asked_after_s
         ]
 
     async def _try_all(self, peers: Sequence[PeerId]) -> None:
@@ -158,8 +162,7 @@ class RelayKeeper:
         except (NetworkError, TimeoutError) as error:
             logger.debug("relay %s: %s", relay, error or "no answer")
             self._held.pop(relay, None)
-            if relay not in self._known:
-                self._refused_until_s[relay] = time.monotonic() + REFUSAL_COUNTS_S
+            self._failed_s[relay] = time.monotonic()
             if before is not None:
                 logger.warning("lost the relay %s", relay)
                 await self._forget_connection(relay)

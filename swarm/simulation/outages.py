@@ -29,6 +29,8 @@ class OutageResult:
     """Right after the outage."""
     redundancy: float
     """Of those that are left: below 1 no placement covers the model."""
+    claimed_s: float
+    """Until every block has a node or one that loads it."""
     recovered_s: float
     """Until every block is served; infinite if that takes longer than an hour."""
 
@@ -60,12 +62,14 @@ async def _simulate(run: PlacementRun, share: float) -> OutageResult:
             lives[index].go(crash=True)
         uncovered = world.uncovered_blocks()
         hosted = sum(node.end_block - node.first_block for node in world.present.values())
-        recovered_s = float("inf")
+        claimed_s = recovered_s = float("inf")
         for look in range(GIVE_UP_S):
+            if not world.unclaimed_blocks():
+                claimed_s = min(claimed_s, float(look))
             if not world.uncovered_blocks():
                 recovered_s = float(look)
                 break
             await asyncio.sleep(1.0)
         for task in (*tasks, watching):
             task.cancel()
-    return OutageResult(len(lost), uncovered, hosted / run.blocks, recovered_s)
+    return OutageResult(len(lost), uncovered, hosted / run.blocks, claimed_s, recovered_s)

@@ -25,12 +25,13 @@ from statistics import fmean
 import numpy as np
 
 from swarm.block_vectors import PlacedNode, Vector, block_vectors
+from swarm.chain_choice import HAND_OVER_S, candidate, choose_chain
 from swarm.placement import choose_span
 from swarm.protocol.messages import LoadReport
 from swarm.protocol.records import NodeRecord, NodeState
 from swarm.protocol.tensors import DType
 from swarm.protocol.version import MAXIMUM_VERSION, MINIMUM_VERSION
-from swarm.routing import HAND_OVER_S, Hop, candidate, choose_chain, sample_nodes, uncovered
+from swarm.routing import Hop, sample_nodes, uncovered
 from swarm.simulation.population import (
     CITIES,
     MODELS,

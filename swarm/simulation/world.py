@@ -126,6 +126,14 @@ class World:
     def uncovered_blocks(self) -> int:
         return int((self._replicas == 0).sum())
 
+    def unclaimed_blocks(self) -> int:
+        """That no computer serves or is about to, whatever the directory says."""
+        claimed = self._replicas > 0
+        for peer_id, (node, _) in self._announced.items():
+            if peer_id in self._present:
+                claimed[slice(*node.planned)] = True
+        return int((~claimed).sum())
+
     def _remove(self, peer_id: PeerId) -> None:
         node = self._serving.pop(peer_id, None)
         if node is not None:

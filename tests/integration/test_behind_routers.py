@@ -230,7 +230,7 @@ def test_served_through_relays_at_once_then_directly_and_relays_are_replaced(
     # A session that begins through a relay and goes on without one.
     expected = undisturbed(checkpoint, 200)
     assert user.ask("generate 200") == expected
-    print("PK", country.packets("first", "second"), first.log.read_text()[-500:])
+
     before = country.packets("first", "second")
     assert user.ask("generate 50") == expected[: len(PROMPT) + 50]
     assert country.packets("first", "second") - before > 50

@@ -292,7 +292,9 @@ class ToyPlanner:
         if not self.first_failure.done():
             self.first_failure.set_result(peer)
 
-    def served(self, peer: PeerId, *, blocks: int, step_s: float) -> None:
+    def passed(
+        self, hops: Sequence[PlannedHop], reported_s: Sequence[float], step_s: float
+    ) -> None:
         return None
 
     def measured_round_trip(self, peer: PeerId, round_trip_s: float) -> None:

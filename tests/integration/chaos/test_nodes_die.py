@@ -21,14 +21,14 @@ ROLLING_BACK = Moment("first rollback", "rollback", "rollback", speculative=True
 @pytest.mark.parametrize("hop", [0, 1, 2])
 def test_a_hop_is_killed_between_two_tokens(chaos: Chaos, hop: int) -> None:
     outcome = chaos.strike(Case("kill", DECODING, (hop,)))
-    assert outcome.heals == 1
+    assert outcome.heals >= 1
     assert outcome.stall_s is not None
     # All that was cached, and no more: 64 tokens of prompt, 4 or 5 of the answer.
     assert 68 <= outcome.replayed_tokens <= 69
 
 
 def test_a_hop_is_killed_in_prefill(chaos: Chaos) -> None:
-    assert chaos.strike(Case("kill", PREFILLING, (1,))).heals == 1
+    assert chaos.strike(Case("kill", PREFILLING, (1,))).heals >= 1
 
 
 def test_a_hop_is_frozen_and_comes_back_when_it_is_no_longer_needed(chaos: Chaos) -> None:

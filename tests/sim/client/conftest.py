@@ -53,6 +53,8 @@ class QuietNode:
     record: NodeRecord
     block_s: float = 0.001
     """What it really takes for a block, alone."""
+    claims: float = 1.0
+    """What it reports of a step, as a share of the time that it took."""
     answers_after_s: float = 0.0
     accepting: bool = True
     questions: int = 0
@@ -190,9 +192,12 @@ class QuietClient:
             node.sessions += 1
             node.served += 1
         await asyncio.sleep(lasting_s / 2)
-        for node, hop in zip(nodes, plan.hops, strict=True):
-            blocks = hop.end_block - hop.first_block
-            self.router.served(hop.peer_id, blocks=blocks, step_s=node.step_s(blocks))
+        took_s = [
+            node.step_s(hop.end_block - hop.first_block)
+            for node, hop in zip(nodes, plan.hops, strict=True)
+        ]
+        reported_s = [node.claims * hop_s for node, hop_s in zip(nodes, took_s, strict=True)]
+        self.router.passed(plan.hops, reported_s, sum(took_s) + 2 * LINK.latency_s)
         await asyncio.sleep(lasting_s / 2)
         for node in nodes:
             node.sessions -= 1

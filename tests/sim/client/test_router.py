@@ -113,13 +113,16 @@ def test_a_slow_replica_is_avoided(
     simulate(story())
 
 
+@pytest.mark.parametrize("claims", [1.0, 0.0])
 def test_a_liar_gets_sessions_only_until_it_was_measured(
-    quiet_swarm: type[QuietSwarm], simulate: Simulate
+    quiet_swarm: type[QuietSwarm], simulate: Simulate, claims: float
 ) -> None:
+    """Whether it lies in its record only, or also when it says how long a step took."""
+
     async def story() -> None:
         swarm = quiet_swarm()
         await swarm.add()
-        liar = await swarm.add(decode_tokens_per_s=1_000_000, block_s=0.05)
+        liar = await swarm.add(decode_tokens_per_s=1_000_000, block_s=0.05, claims=claims)
         client = swarm.client()
         plans = [await client.session(10) for _ in range(20)]
         assert [plan.hops[0].peer_id == liar.peer.peer_id for plan in plans] == [True] + [

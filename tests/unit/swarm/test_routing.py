@@ -12,31 +12,33 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from swarm.chain_choice import (
+    CLIENT,
+    HAND_OVER_S,
+    Candidate,
+    Place,
+    candidate,
+    charged_s,
+    choose_chain,
+    one_way_s,
+)
 from swarm.protocol.errors import NoRouteError
 from swarm.protocol.identity import PeerId
 from swarm.protocol.messages import LoadReport
 from swarm.protocol.records import NodeRecord, NodeState
 from swarm.protocol.tensors import DType
 from swarm.routing import (
-    CLIENT,
-    HAND_OVER_S,
     LARGEST_SAMPLE,
     NO_ROOM,
     RETRY_AFTER_MS,
     SAMPLE,
-    Candidate,
     ChainPlan,
     Hop,
     Needs,
-    Place,
     block_ranges,
-    candidate,
-    charged_s,
-    choose_chain,
     is_one_machine,
     no_route,
     obstacle,
-    one_way_s,
     sample_nodes,
     uncovered,
     weakest_span,

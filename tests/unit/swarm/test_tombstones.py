@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from swarm.protocol.records import NodeRecord, TombstoneRecord
 from swarm.tombstones import IMMUNITY_S, Tombstones, accusations, lost_nodes
 
 MakeRecord = Callable[..., NodeRecord]
+NOW_UNIX_S = 1000.0
 
 
 def says(witness: NodeRecord, *lost: NodeRecord) -> TombstoneRecord:
@@ -31,7 +33,7 @@ def by_peer(*records: NodeRecord) -> dict[PeerId, NodeRecord]:
 
 
 def dead(nodes: dict[PeerId, NodeRecord], *testimonies: TombstoneRecord) -> set[PeerId]:
-    return lost_nodes(accusations(testimonies, nodes), nodes)
+    return lost_nodes(accusations(testimonies, nodes, NOW_UNIX_S), nodes)
 
 
 def test_one_witness_is_not_enough(make_record: MakeRecord) -> None:
@@ -52,6 +54,27 @@ def test_witnesses_must_host_the_model_and_speak_of_the_newest_record(
     assert dead(by_peer(one, two, newer), says(one, lost), says(two, lost)) == set()
     assert dead(by_peer(one, two, newer), says(one, newer), says(two, newer)) == {lost.peer_id}
     assert dead(by_peer(one, two), says(one, lost), says(two, lost)) == set()
+
+
+def test_records_of_the_future_cannot_have_died(make_record: MakeRecord) -> None:
+    one, two, victim = (make_record(0, 10) for _ in range(3))
+    for sequence, believed in ((1_000_000, True), (1_010_000, True), (1_010_001, False)):
+        announced = replace(victim, sequence=sequence)
+        testimonies = [says(one, announced), says(two, announced)]
+        assert bool(dead(by_peer(one, two, victim), *testimonies)) == believed
+
+
+def test_a_record_from_before_the_death_that_is_read_late_is_no_sign_of_life(
+    make_record: MakeRecord,
+) -> None:
+    one, two, stale = (make_record(0, 10) for _ in range(3))
+    fresh = replace(stale, sequence=7)
+    testimonies = [says(one, fresh), says(two, fresh)]
+    tombstones = Tombstones()
+    for known in (stale, fresh):
+        nodes = by_peer(one, two, known)
+        tombstones.update(testimonies, nodes, now_s=0.0, now_unix_s=NOW_UNIX_S)
+        assert set(tombstones.lost) == {stale.peer_id}
 
 
 def test_one_organisation_cannot_bury_a_node_where_there_are_others(
@@ -83,7 +106,9 @@ def test_who_came_back_is_not_silenced_again_for_a_while(make_record: MakeRecord
     def update(now_s: float, sequence: int, *, accused: bool = True) -> bool:
         record = make_record(0, 10, peer_id=victim.peer_id, sequence=sequence)
         testimonies = [says(one, record), says(two, record)] if accused else []
-        tombstones.update(testimonies, by_peer(one, two, record), now_s)
+        tombstones.update(
+            testimonies, by_peer(one, two, record), now_s=now_s, now_unix_s=NOW_UNIX_S
+        )
         assert (victim.peer_id in tombstones.accused) == accused
         return victim.peer_id in tombstones.lost
 

@@ -1,0 +1,241 @@
+"""Simulated swarms of 20 to 10,000 nodes: placement, routing, outages, control traffic.
+
+    python -m scripts.bench.simulate                    # everything; hours on one core
+    python -m scripts.bench.simulate --quick            # a small part of it, a minute
+    python -m scripts.bench.simulate --part placement --json results.jsonl
+    python -m scripts.bench.simulate --table results.jsonl
+
+What is real and what is modelled in each part stands in ``swarm/simulation/__init__.py``; results
+are in docs/simulation.md. Each line of the JSON file is one run with one seed, so that runs can be
+made in pieces; ``--table`` prints the means. The same seed gives the same numbers on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+
+from swarm.simulation.churn import CHURNS
+from swarm.simulation.outages import simulate_outage
+from swarm.simulation.placement import PETALS, POTENTIAL, PlacementRun, simulate_placement
+from swarm.simulation.routing import RoutingRun, Strategy, simulate_routing
+
+Result = dict[str, Any]
+SEEDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementRow:
+    """One size of swarm and model under one kind of churn."""
+
+    nodes: int
+    blocks: int
+    churn: str
+    hours: float = 6.0
+    warm_up_hours: float = 2.0
+    seeds: int = SEEDS
+
+
+PLACEMENT_ROWS = (
+    PlacementRow(20, 32, "normal"),
+    PlacementRow(20, 80, "normal"),
+    PlacementRow(20, 80, "heavy"),
+    PlacementRow(50, 126, "normal"),
+    PlacementRow(50, 126, "heavy"),
+    PlacementRow(75, 126, "normal"),
+    PlacementRow(75, 126, "heavy"),
+    PlacementRow(100, 126, "normal"),
+    PlacementRow(100, 126, "heavy"),
+    PlacementRow(100, 80, "normal"),
+    PlacementRow(1000, 80, "normal", hours=2.0, warm_up_hours=1.0, seeds=1),
+    PlacementRow(1000, 126, "normal", hours=2.0, warm_up_hours=1.0, seeds=1),
+    PlacementRow(10_000, 80, "normal", hours=1.0, warm_up_hours=0.5, seeds=1),
+)
+OUTAGES = ((20, 80), (75, 126), (100, 126), (100, 80))
+ROUTING_ROWS = (
+    (100, 80, 0.2),
+    (100, 80, 0.5),
+    (100, 80, 0.75),
+    (1000, 80, 0.2),
+    (10_000, 80, 0.05),
+)
+
+
+# --- running -------------------------------------------------------------------------------------
+def placement_runs(quick: bool) -> Iterator[tuple[Result, Callable[[], Any]]]:
+    rows = PLACEMENT_ROWS if not quick else (PlacementRow(20, 80, "heavy", 2.0, 1.0, 1),)
+    for row in rows:
+        for seed in range(row.seeds):
+            for rule in (POTENTIAL, PETALS):
+                run = PlacementRun(
+                    row.nodes,
+                    row.blocks,
+                    CHURNS[row.churn],
+                    rule=rule,
+                    seed=seed,
+                    hours=row.hours,
+                    warm_up_hours=row.warm_up_hours,
+                )
+                what = {"nodes": row.nodes, "blocks": row.blocks, "churn": row.churn, "rule": rule}
+                yield {**what, "seed": seed}, partial(simulate_placement, run)
+
+
+def outage_runs(quick: bool) -> Iterator[tuple[Result, Callable[[], Any]]]:
+    for nodes, blocks in OUTAGES[:2] if quick else OUTAGES:
+        for seed in range(1 if quick else SEEDS):
+            what = {"nodes": nodes, "blocks": blocks, "seed": seed}
+            yield what, partial(simulate_outage, nodes, blocks, seed=seed)
+
+
+def routing_runs(quick: bool) -> Iterator[tuple[Result, Callable[[], Any]]]:
+    for nodes, blocks, load in ROUTING_ROWS[:1] if quick else ROUTING_ROWS:
+        seconds = 60 if nodes >= 1000 or quick else 120
+        for seed in range(SEEDS if nodes < 1000 and not quick else 1):
+            for strategy in Strategy:
+                if strategy is Strategy.ANNOUNCED and nodes > 100:
+                    continue  # a choice among all nodes takes seconds there
+                run = RoutingRun(nodes, blocks, load, strategy, seed, seconds=seconds)
+                what = {"nodes": nodes, "blocks": blocks, "load": load, "rule": strategy.value}
+                yield {**what, "seed": seed}, partial(simulate_routing, run)
+
+
+PARTS: dict[str, Callable[[bool], Iterator[tuple[Result, Callable[[], Any]]]]] = {
+    "placement": placement_runs,
+    "outages": outage_runs,
+    "routing": routing_runs,
+}
+
+
+def simulate(
+    parts: Iterable[str], *, quick: bool, nodes: Sequence[int], json_file: Path | None
+) -> list[Result]:
+    """Run, print each result, and append it to the file."""
+    console = Console()
+    results = []
+    for part in parts:
+        for what, run in PARTS[part](quick):
+            if nodes and what["nodes"] not in nodes:
+                continue
+            started_s = time.monotonic()
+            result = asdict(run())
+            line = {"part": part, **what, "result": result, "real_s": time.monotonic() - started_s}
+            results.append(line)
+            console.print(f"[dim]{json.dumps(line)}[/dim]", soft_wrap=True, highlight=False)
+            if json_file is not None:
+                with json_file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+    return results
+
+
+# --- tables --------------------------------------------------------------------------------------
+def mean(runs: Sequence[Result], name: str) -> float:
+    return fmean(float(run["result"][name]) for run in runs)
+
+
+def grouped(results: Sequence[Result], *names: str) -> dict[tuple[Any, ...], list[Result]]:
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for line in results:
+        groups.setdefault(tuple(line[name] for name in names), []).append(line)
+    return groups
+
+
+def placement_table(results: Sequence[Result]) -> list[str]:
+    lines = [
+        "| nodes, blocks, churn (seeds) | copies | rule | weakest stretch | weakest block | >= 1 "
+        "| >= 2 | moves | blocks loaded | hops | outlives largest organisation | countries alone |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (nodes, blocks, churn), of_row in grouped(results, "nodes", "blocks", "churn").items():
+        for (rule,), runs in grouped(of_row, "rule").items():
+            shares = [f"{100 * mean(runs, name):.1f} %" for name in ("covered", "covered_twice")]
+            lines.append(
+                f"| {nodes:,}, {blocks}, {churn} ({len(runs)}) | {mean(runs, 'redundancy'):.1f} "
+                f"| {rule} | {mean(runs, 'weakest_stretch'):.3f} "
+                f"| {mean(runs, 'weakest_block'):.3f} | {shares[0]} | {shares[1]} "
+                f"| {mean(runs, 'moves_per_node_day'):.1f} "
+                f"| {mean(runs, 'blocks_loaded_per_node_day'):.1f} | {mean(runs, 'hops'):.1f} "
+                f"| {100 * mean(runs, 'outlives_organisation'):.0f} % "
+                f"| {100 * mean(runs, 'countries_alone'):.0f} % |"
+            )
+    return lines
+
+
+def outage_table(results: Sequence[Result]) -> list[str]:
+    lines = [
+        "| nodes, blocks | seed | copies left | blocks lost | claimed after | served after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in results:
+        result = line["result"]
+        lines.append(
+            f"| {line['nodes']}, {line['blocks']} | {line['seed']} | {result['redundancy']:.1f} "
+            f"| {result['uncovered_blocks']} | {result['claimed_s']:.0f} s "
+            f"| {result['recovered_s']:.0f} s |"
+        )
+    return lines
+
+
+def routing_table(results: Sequence[Result]) -> list[str]:
+    lines = [
+        "| nodes, blocks, load (seeds) | sessions | choice | ms per token (p95) | to the oracle "
+        "| hops | asked | misses |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (nodes, blocks, load), of_row in grouped(results, "nodes", "blocks", "load").items():
+        by_rule = grouped(of_row, "rule")
+        oracle_s = mean(by_rule[("oracle",)], "token_s")
+        for (rule,), runs in by_rule.items():
+            token_s = mean(runs, "token_s")
+            lines.append(
+                f"| {nodes:,}, {blocks}, {load:.0%} ({len(runs)}) | {mean(runs, 'sessions'):.0f} "
+                f"| {rule} | {1000 * token_s:.0f} ({1000 * mean(runs, 'token_s_p95'):.0f}) "
+                f"| {token_s / oracle_s:.2f} | {mean(runs, 'hops'):.1f} "
+                f"| {mean(runs, 'asked'):.0f} | {mean(runs, 'misses'):.2%} |"
+            )
+    return lines
+
+
+TABLES: dict[str, Callable[[Sequence[Result]], list[str]]] = {
+    "placement": placement_table,
+    "outages": outage_table,
+    "routing": routing_table,
+}
+
+
+def print_tables(results: Sequence[Result]) -> None:
+    for (part,), of_part in grouped(results, "part").items():
+        print(f"\n{part}\n")
+        print("\n".join(TABLES[part](of_part)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", action="append", choices=sorted(PARTS), help="default: all")
+    parser.add_argument("--nodes", type=int, action="append", default=[], help="only these sizes")
+    parser.add_argument("--quick", action="store_true", help="one small run of each part")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append a line for each run")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only print its tables")
+    arguments = parser.parse_args()
+    if arguments.table is not None:
+        lines = arguments.table.read_text(encoding="utf-8").splitlines()
+        print_tables([json.loads(line) for line in lines])
+        return
+    parts = arguments.part or list(PARTS)
+    print_tables(
+        simulate(parts, quick=arguments.quick, nodes=arguments.nodes, json_file=arguments.json)
+    )
+
+
+if __name__ == "__main__":
+    main()
