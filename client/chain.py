@@ -377,7 +377,10 @@ class Chain:
                     resume = Resumption.of(self._session)
                     fresh = await hops.fill(*gap, resume, self._journal, excluded)
                     # Their streams are all new; so is that to the hop behind the gap.
-                    self._broken_joints.difference_update(fresh, hops.following(fresh[-1]))
+                    self._broken_joints.difference_update(fresh)
+                    following = hops.following(fresh[-1])
+                    if following is not None:
+                        self._broken_joints.discard(following)
                     if gap[0] == 0:
                         await self._send_again(fresh[0], resume.step)
                 else:

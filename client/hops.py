@@ -173,10 +173,6 @@ class Hops:
             or other.hop.first_block == link.hop.end_block
         ]
 
-    def following(self, link: Link) -> list[Link]:
-        """The hop behind ``link``, if there is one."""
-        return [other for other in self.links if other.hop.first_block == link.hop.end_block]
-
     def peers_around(self, link: Link) -> tuple[PeerId | None, PeerId | None]:
         """The peers on both sides; None is the client."""
         before = after = None

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 RECORD_BYTES = 500
 """About; on the way."""
-LOOKUP_BYTES = 6000
+LOOKUP_BYTES = 2000
 """To find who keeps a key."""
 LONGEST_PASS_S = 240.0
 """Records live a little longer; who cannot read all shards in this time reads some of them."""
@@ -60,7 +60,7 @@ class ViewSettings:
     """For a pass over the shards, in a small swarm."""
     tombstones_s: float = 8.0
     """Between two looks for lost nodes, in a small swarm."""
-    bytes_per_s: float = 2000.0
+    bytes_per_s: float = 2500.0
     """Larger passes take longer."""
     maximum_shards: int = 64
     """Read in one pass."""

@@ -27,6 +27,7 @@ from swarm.hivemind_network.dht_clock import DHT_CLOCK, agreed_offset_s
 from swarm.hivemind_network.listening import with_ports, with_quic, with_quic_of_others
 from swarm.hivemind_network.node import SwarmNode
 from swarm.hivemind_network.peer import LocalPeer
+from swarm.hivemind_network.punching import HolePuncher
 from swarm.hivemind_network.reachability import DialBack, ask_to_dial_back, is_behind_router
 from swarm.hivemind_network.relays import RelayKeeper
 from swarm.hivemind_network.requests import (
@@ -75,6 +76,7 @@ class HivemindNetwork:
         self._addresses_changed = asyncio.Event()
         self._relays: RelayKeeper | None = None
         self._reached_at = ""
+        self._puncher = HolePuncher(lambda: self._p2p)
 
     @classmethod
     async def create(cls, identity_path: Path, settings: NetworkSettings) -> HivemindNetwork:
@@ -106,6 +108,8 @@ class HivemindNetwork:
         self._settings = replace(self._settings, listen_addresses=ports)
         await self._join()
         self._own_tasks.add(asyncio.create_task(self._keep_daemon()))
+        if self._behind_router:
+            self._own_tasks.add(asyncio.create_task(self._puncher.run()))
         if self._settings.use_relays and self._behind_router:
             relays = self.take_relays()
             with contextlib.suppress(TimeoutError):
@@ -243,6 +247,8 @@ class HivemindNetwork:
                     opened.writer.transport.abort()
                     opened = await open_stream(self._p2p, peer, protocol)
                 relayed = opened.connection.relayed
+                if relayed:
+                    self._puncher.dialled(peer)
                 return HivemindStream(peer, opened.reader, opened.writer, relayed=relayed)
         except TimeoutError as error:
             raise PeerUnreachable(

@@ -150,7 +150,7 @@ def test_a_silent_hop_is_noticed_and_its_neighbours_free_the_session(
                 chain.step(make_tensor(random, 1, 1), 3, output_tokens=1)
             )
             assert await planner.first_failure == silent
-            assert swarm.clock.monotonic_s() - started_s < 2.2
+            assert swarm.clock.monotonic_s() - started_s < 2.5
             with pytest.raises(NoRouteError):
                 await stepping
         await swarm.assert_nothing_left()
