@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from swarm.catalogue.checkpoint import Checkpoint, TensorInfo
 from swarm.client.remote_blocks import ChainOpener, RemoteBlocks
 from swarm.compute.devices import choose_device, choose_dtype
-from swarm.compute.packed_linear import pack_linears
+from swarm.compute.packed_linear import PackedLinear, pack_linears
 from swarm.compute.wire_tensors import WIRE_DTYPES
 from swarm.protocol.errors import CheckpointError
 from swarm.protocol.tensors import DType
@@ -66,6 +66,10 @@ class ModelEnds(nn.Module):
             config, read_tensors(checkpoint, config), dtype=choose_dtype(dtype, ends_device)
         ).to(ends_device)
         pack_linears(ends)
+        if config.tie_word_embeddings and isinstance(ends.head, PackedLinear):
+            # Its plain weight is the embeddings, which are here anyway: so several rows get the
+            # packed layout as well.
+            ends.head.pack(keep_plain=True)
         return ends
 
     @classmethod

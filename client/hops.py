@@ -264,12 +264,10 @@ class Hops:
         own = self._transport.peer_id
         previous = before[-1].peer_id if before else None
         following = after.peer_id if after is not None else None
-        # A node does not dial itself, so that the hops beside a gap cannot fill it.
-        neighbours = tuple(peer for peer in (previous, following) if peer is not None)
         plan = await self._planner.plan(
             first_block,
             end_block,
-            excluded=(*excluded, *neighbours),
+            excluded=excluded,
             previous=previous,
             following=following,
         )
@@ -452,8 +450,9 @@ class Hops:
             raise
 
     def swap(self, leaving: Link, fresh: Link) -> None:
-        """Put ``fresh`` in the place of ``leaving``, whose state it has."""
-        self.links[self.links.index(leaving)] = fresh
+        """Put ``fresh`` in the place of ``leaving``, whose state it has; it may be gone by now."""
+        others = [link for link in self.links if link is not leaving]
+        self.links = sorted([*others, fresh], key=lambda link: link.hop.first_block)
 
     # --- joints
     async def join_again(self, before: Link, link: Link, resume_step: int) -> None:

@@ -2,7 +2,8 @@
 
 For each chain the router draws candidates from the nodes that may serve it, asks all of them at
 once how busy they are, and takes the cheapest chain among those that answered in time. The choices
-themselves are pure (``swarm.routing``); what is remembered is in ``client.known_nodes``.
+themselves are pure (``swarm.routing``, ``swarm.chain_choice``); what is remembered is in
+``client.known_nodes``.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ SHORTEST_WAIT_S = 0.4
 LONGEST_WAIT_S = 3.0
 """For answers without which there is no chain."""
 ONLINE_SAMPLE = 8
+"""Nodes that are dialled to find out whether our own network is there."""
 ONLINE_WAIT_S = 2.0
 LAST_RESORT_S = 60.0
 """What using a banned node costs in the choice: more than any detour."""

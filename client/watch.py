@@ -264,7 +264,7 @@ class Watch:
             plan = await self._planner.plan(
                 link.hop.first_block,
                 link.hop.end_block,
-                excluded=[link.peer_id, *(peer for peer in (before, after) if peer is not None)],
+                excluded=[link.peer_id],
                 previous=before,
                 following=after,
             )

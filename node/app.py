@@ -149,8 +149,9 @@ class _Node:
             network, model = await self._unless_left(self._prepare(stack))
             async with _guarded_by(network) as group:
                 checkpoint = model.checkpoint
-                replicas = await self._replicas(network, model)
-                span = _choose(model, self._settings, replicas)
+                others = await self._others(network, model)
+                replicas = coverage(others, checkpoint.number_of_blocks)
+                span = _choose(model, self._settings, others, now_unix_s=self._clock.unix_s())
                 self._board.update(
                     state="loading",
                     model=checkpoint.name,
@@ -196,13 +197,10 @@ class _Node:
             self._board.update(state="joining", peer_id=network.peer_id, addresses=addresses)
         return network, opening.result()
 
-    async def _replicas(self, network: HivemindNetwork, model: OpenedModel) -> list[int]:
-        """How many other nodes serve or will serve each block."""
-        checkpoint = model.checkpoint
-        records = await read_nodes(network, checkpoint.revision, self._clock)
-        others = [record for record in records if record.peer_id != network.peer_id]
-        states = (NodeState.ONLINE, NodeState.JOINING)
-        return coverage(others, checkpoint.number_of_blocks, states)
+    async def _others(self, network: HivemindNetwork, model: OpenedModel) -> list[NodeRecord]:
+        """The other nodes of the model, in every state."""
+        records = await read_nodes(network, model.checkpoint.revision, self._clock)
+        return [record for record in records if record.peer_id != network.peer_id]
 
     async def _announcer(
         self, network: HivemindNetwork, model: OpenedModel, span: BlockSpan
@@ -363,10 +361,13 @@ def _open(settings: NodeSettings) -> OpenedModel:
     return model
 
 
-def _choose(model: OpenedModel, settings: NodeSettings, replicas: list[int]) -> BlockSpan:
+def _choose(
+    model: OpenedModel, settings: NodeSettings, others: list[NodeRecord], *, now_unix_s: float
+) -> BlockSpan:
+    from swarm.block_vectors import placed_nodes
     from swarm.node.engine.hosting import choose_blocks
 
-    return choose_blocks(model, settings, replicas)
+    return choose_blocks(model, settings, placed_nodes(others, now_unix_s=now_unix_s))
 
 
 def _load(

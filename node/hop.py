@@ -296,6 +296,10 @@ class Hop:
         with contextlib.suppress(NetworkError):
             await self._control.send(Draining(wait_ms=round(wait_s * 1000)))
 
+    async def end_for_leaving(self) -> None:
+        """End the session because the node cannot wait any longer."""
+        await self._fail(ErrorCode.DRAINING)
+
     async def hand_over(self, message: HandOver, dial: Dial) -> None:
         """Move the session's state as far as it is, and tell the client."""
         answer = await self._mover.hand_over(message, dial)

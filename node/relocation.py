@@ -12,16 +12,17 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import Generic, TypeVar
 
 from swarm.block_vectors import BlockVectors, PlacedNode, Vector, block_vectors, placed_nodes
 from swarm.membership import Announcer
 from swarm.node.config import BlockSpan
-from swarm.node.service import NodeService, ServedEngine
+from swarm.node.engine.api import Engine
+from swarm.node.service import NodeService
 from swarm.nodes_view import NodesView
 from swarm.placement import DEFAULTS, decision_interval_s, loading_s
 from swarm.ports import Clock
 from swarm.protocol.errors import NetworkError, SwarmError
-from swarm.protocol.records import NodeState
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ ANNOUNCE_TIMEOUT_S = 10.0
 LOOK_PERIOD_S = 8.0
 """How often to see in what the view holds whether blocks are about to be lost."""
 
-Load = Callable[[BlockSpan], Awaitable[ServedEngine]]
+E = TypeVar("E", bound=Engine)
 Span = tuple[int, int]
 
 
@@ -63,22 +64,22 @@ class SeenNodes:
         return block_vectors(nodes, own.number_of_blocks)
 
 
-class Relocation:
+class Relocation(Generic[E]):
     """``rebalancing.Mover``: owns the engines of a node, of which one is served."""
 
     def __init__(
         self,
-        engine: ServedEngine,
+        engine: E,
         service: NodeService,
         announcer: Announcer,
         clock: Clock,
         *,
-        load: Load,
+        load: Callable[[BlockSpan], Awaitable[E]],
         loaded_s: float,
         fits: Callable[[list[BlockSpan]], bool],
         drain_timeout_s: float,
         on_drain: Callable[[float], None],
-        on_served: Callable[[ServedEngine], None],
+        on_served: Callable[[E], None],
     ) -> None:
         """``loaded_s`` is what loading ``engine`` took; ``fits`` tells whether spans fit together.
 
@@ -95,7 +96,7 @@ class Relocation:
         self._on_drain = on_drain
         self._on_served = on_served
         self._size = len(_span_of(engine))
-        self._spare: ServedEngine | None = None
+        self._spare: E | None = None
         """Loaded and not served: what comes next, or what was before."""
 
     @property
@@ -176,12 +177,12 @@ class Relocation:
         await self._close_spare()
         await self.engine.close()
 
-    def _serve(self, engine: ServedEngine) -> None:
+    def _serve(self, engine: E) -> None:
         self.engine = engine
         self._service.serve(engine)
         self._on_served(engine)
 
-    async def _loaded(self, span: BlockSpan) -> ServedEngine:
+    async def _loaded(self, span: BlockSpan) -> E:
         started_s = time.monotonic()
         engine = await self._load(span)
         self._seconds_per_block = (time.monotonic() - started_s) / len(span)
@@ -193,5 +194,5 @@ class Relocation:
             await spare.close()
 
 
-def _span_of(engine: ServedEngine) -> BlockSpan:
+def _span_of(engine: Engine) -> BlockSpan:
     return BlockSpan(engine.first_block, engine.end_block)

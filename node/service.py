@@ -18,10 +18,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from swarm.connection import KEEPS_FRAMING, Connection
 from swarm.journal import DEFAULT_BUDGET_BYTES, JournalBudget
+from swarm.local_stream import stream_to_ourselves
 from swarm.node.engine.api import CacheRequest, Engine
 from swarm.node.hop import Hop, HopLimits, HopObserver
 from swarm.ports import Clock, Stream, Transport
@@ -165,6 +167,20 @@ class NodeService:
         self._drain_ends_s = self._clock.monotonic_s() + wait_s
         for hop in self._hops.values():
             self._tell_draining(hop)
+
+    def serve(self, engine: Engine) -> None:
+        """Serve the blocks of another engine from now on, and accept sessions (again).
+
+        For when no session is open: each keeps the engine that it began with.
+        """
+        self._engine = engine
+        self._accepting = True
+
+    async def end_sessions(self) -> None:
+        """End what did not move away, and wait until it is freed."""
+        for hop in tuple(self._hops.values()):
+            await hop.end_for_leaving()
+        await self.emptied()
 
     def _tell_draining(self, hop: Hop) -> None:
         left_s = max(0.0, self._drain_ends_s - self._clock.monotonic_s())
@@ -391,7 +407,7 @@ class NodeService:
                     case ProbePeer():
                         hop.start(hop.probe(PeerId(message.peer), self._reaches))
                     case HandOver():
-                        hop.start(hop.hand_over(message, self._dial))
+                        hop.start(hop.hand_over(message, partial(self._dial, hop)))
                     case CloseSession():
                         return
                     case _:
@@ -407,7 +423,7 @@ class NodeService:
         try:
             next_hop = None
             if message.next_peer:
-                next_hop = hop.prepared(message) or await self._attach(message)
+                next_hop = hop.prepared(message) or await self._attach(hop, message)
             if next_hop is not None and message.prepare:
                 hop.prepare(message, next_hop)
             else:
@@ -419,13 +435,13 @@ class NodeService:
         with contextlib.suppress(NetworkError):  # then the session is ending anyway
             await connection.send(RouteReady(route_version=message.route_version))
 
-    async def _attach(self, message: SetRoute) -> Connection:
+    async def _attach(self, hop: Hop, message: SetRoute) -> Connection:
         """Dial the next hop of a session and name the session that our steps belong to."""
         peer, version = PeerId(message.next_peer), message.route_version
         try:
             async with asyncio.timeout(self._limits.attach_timeout_s):
                 next_hop = await self._dial(
-                    peer, Attach(session_id=message.next_session_id, route_version=version)
+                    hop, peer, Attach(session_id=message.next_session_id, route_version=version)
                 )
                 try:
                     await next_hop.receive_only(Attached)
@@ -439,14 +455,11 @@ class NodeService:
             raise ProtocolError(ErrorCode.NEXT_HOP_LOST) from None
         return next_hop
 
-    async def _dial(self, peer: PeerId, first: Attach | TakeOver) -> Connection:
+    async def _dial(self, hop: Hop, peer: PeerId, first: Attach | TakeOver) -> Connection:
         """A stream to a host of the same model, ``first`` sent on it. Raises SwarmErrors."""
-        addresses = await self._resolve(peer)
-        if addresses is None:
-            raise ProtocolError(ErrorCode.NEXT_HOP_UNKNOWN)
         try:
             async with asyncio.timeout(self._limits.attach_timeout_s):
-                stream = await self._transport.open(peer, STREAM_PROTOCOL, addresses)
+                stream = await self._stream_to(hop, peer)
                 connection = Connection(stream, self._observer.bytes_moved)
                 try:
                     await connection.say_hello(first)
@@ -456,6 +469,17 @@ class NodeService:
         except TimeoutError:
             raise NetworkError(f"{peer} does not answer") from None
         return connection
+
+    async def _stream_to(self, hop: Hop, peer: PeerId) -> Stream:
+        """A stream to a host of our model, which may be this node itself."""
+        if peer == self._transport.peer_id:
+            stream, other_end = stream_to_ourselves(peer)
+            hop.start(self._serve_stream(other_end))
+            return stream
+        addresses = await self._resolve(peer)
+        if addresses is None:
+            raise ProtocolError(ErrorCode.NEXT_HOP_UNKNOWN)
+        return await self._transport.open(peer, STREAM_PROTOCOL, addresses)
 
     async def _reaches(self, peer: PeerId) -> bool:
         """Whether a neighbour of a session answers a ping."""

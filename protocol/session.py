@@ -148,7 +148,7 @@ class HopSession:
         """Go on where another hop was. Raises ProtocolError, and then the state is unchanged."""
         if self._length or self._in_flight or self._computed_step:
             raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "the session has begun already")
-        if not 1 <= next_step or not 0 <= length <= self.terms.maximum_tokens:
+        if not next_step >= 1 or not 0 <= length <= self.terms.maximum_tokens:
             raise ProtocolError(ErrorCode.BAD_FIELD, f"length {length}, step {next_step}")
         self._next_step = next_step
         self._length = length

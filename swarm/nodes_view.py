@@ -276,7 +276,7 @@ class NodesView:
     # --- bookkeeping -----------------------------------------------------------------------------
     def _add(self, records: Collection[Record]) -> None:
         now_s, now_unix_s = self._clock.monotonic_s(), self._clock.unix_s()
-        came_back = False
+        changed = False
         for record in records:
             if not isinstance(record, NodeRecord) or record.model_revision != self._revision:
                 continue
@@ -286,12 +286,14 @@ class NodesView:
                 self._known[record.peer_id] = KnownNode(record, now_s, first_seen_unix_s)
             elif known.record.sequence < record.sequence:
                 self._known[record.peer_id] = replace(known, record=record, read_s=now_s)
-                came_back = came_back or record.peer_id in self._tombstones.lost
+            else:
+                continue
+            changed = True
         excess = len(self._known) - self._settings.maximum_nodes
         if excess > 0:
             for peer in sorted(self._known, key=lambda peer: self._known[peer].read_s)[:excess]:
                 del self._known[peer]
-        if came_back:
+        if changed and any(self._testimonies.values()):
             self._judge()
 
     def _forget_expired(self) -> None:

@@ -4,14 +4,14 @@ Every node maximises the same bounded potential by its own span, so that selfish
 in a fixed point (a potential game): a node that moves raises what all others maximise as well.
 
     F = sum over blocks of f(block)
-    f = - (mean / (throughput + 0.02 mean))^3         the weakest block is the swarm's speed
+    f = - (mean / (throughput + 0.02 mean))^2         the weakest block is the swarm's speed
         - 0.3 (3 - expected replicas)+^2              a node that just came may go again
         - 1.0 (2 - organisations)+^2                  one organisation fails as one
-        - 0.3 share (its mean / its throughput)^3     a country with nodes to spare stands alone
+        - 0.3 share (its mean / its throughput)^2     a country with nodes to spare stands alone
 
 ``throughput`` of a block is the sum of (batched speed / blocks hosted) of its nodes and ``mean``
-all speed / blocks of the model, which no placement can exceed. A node without any throughput costs
-125,000 (the 0.02), so that coverage comes before everything else.
+all speed / blocks of the model, which no placement can exceed. A block without any throughput
+costs 2,500 (the 0.02), so that coverage comes before everything else.
 
 A node counts where it will be: JOINING and MOVING nodes at their target. A move must never uncover
 a block, so leaving counts only others that serve it now and do not mean to leave it: movers publish
@@ -38,7 +38,8 @@ from swarm.block_vectors import BlockVectors, Counts, PlacedNode, Vector, with_n
 class PlacementSettings:
     """Weights and thresholds; the whole swarm should use the same ones."""
 
-    exponent: float = 3.0
+    exponent: float = 2.0
+    """How much more the weakest block counts than others; higher ones move nodes more often."""
     throughput_floor: float = 0.02
     """Share of the mean that is added to every block's throughput."""
     wanted_replicas: float = 3.0

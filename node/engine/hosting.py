@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from swarm.block_vectors import PlacedNode, block_vectors, typical_speed
 from swarm.catalogue.checkpoint import Checkpoint
 from swarm.catalogue.resolve import resolve_checkpoint
 from swarm.compute.devices import choose_device, choose_dtype, dtype_name
@@ -18,9 +19,10 @@ from swarm.node.engine import capacity
 from swarm.node.engine.engine import SpanEngine, load_engine_blocking
 from swarm.node.engine.lean_imports import run_lean
 from swarm.node.engine.span_loader import Progress
+from swarm.placement import choose_span, loading_s
 from swarm.protocol.errors import CapacityError, ConfigError
+from swarm.protocol.identity import PeerId
 from swarm.protocol.tensors import DType
-from swarm.routing import weakest_span
 
 MINIMUM_CACHE_BYTES = 64 * 1024**2
 MIB = 1024**2
@@ -55,8 +57,10 @@ def open_model(settings: NodeSettings) -> OpenedModel:
     return OpenedModel(checkpoint, device, choose_dtype(settings.dtype, device), usable_bytes)
 
 
-def choose_blocks(model: OpenedModel, settings: NodeSettings, replicas: Sequence[int]) -> BlockSpan:
-    """The blocks to host, given how many nodes host each block ``[number_of_blocks]``.
+def choose_blocks(
+    model: OpenedModel, settings: NodeSettings, others: Sequence[PlacedNode]
+) -> BlockSpan:
+    """The blocks to host, given the other nodes of the model (``swarm.placement``).
 
     Raises CapacityError when they do not fit, ConfigError when the model has no such blocks.
     """
@@ -72,7 +76,19 @@ def choose_blocks(model: OpenedModel, settings: NodeSettings, replicas: Sequence
         fitting = capacity.blocks_that_fit(model.checkpoint, model.dtype, model.usable_bytes)
         while fitting > 1 and not _fits(model, BlockSpan(0, fitting)):
             fitting -= 1
-        span = BlockSpan(*weakest_span(replicas, max(1, wanted or fitting)))
+        node = PlacedNode(
+            PeerId(""),
+            0,
+            total,
+            typical_speed(others),  # it is measured once the blocks are loaded
+            organisation=settings.organisation,
+            country=settings.country,
+        )
+        on_disk = loading_s(total, range(total), 0.0)
+        choice = choose_span(
+            block_vectors(others, total), node, max(1, wanted or fitting), on_disk
+        )
+        span = BlockSpan(choice.first_block, choice.end_block)
     if not _fits(model, span):
         raise CapacityError(
             f"blocks {span} need {_needed_bytes(model, span) // MIB} MiB with a small cache, "

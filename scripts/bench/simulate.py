@@ -40,8 +40,8 @@ class PlacementRow:
     nodes: int
     blocks: int
     churn: str
-    hours: float = 6.0
-    warm_up_hours: float = 2.0
+    hours: float = 4.0
+    warm_up_hours: float = 1.0
     seeds: int = SEEDS
 
 
@@ -73,8 +73,8 @@ ROUTING_ROWS = (
 # --- running -------------------------------------------------------------------------------------
 def placement_runs(quick: bool) -> Iterator[tuple[Result, Callable[[], Any]]]:
     rows = PLACEMENT_ROWS if not quick else (PlacementRow(20, 80, "heavy", 2.0, 1.0, 1),)
-    for row in rows:
-        for seed in range(row.seeds):
+    for seed in range(SEEDS):
+        for row in (row for row in rows if seed < row.seeds):
             for rule in (POTENTIAL, PETALS):
                 run = PlacementRun(
                     row.nodes,

@@ -59,7 +59,7 @@ async def lose_all_replicas(
             seen.problems.append("the answer went on although nobody had the blocks")
         for fighter in [one for one in arena.fighters.values() if one.stage == stage]:
             arena.mend_soon(fighter)
-        await arena.mended()
+        await arena.wait_for_live(stage, 1)
         left = SamplingSettings(max_new_tokens=len(task.answer) - len(tokens))
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             async for piece in session.stream([*task.prompt, *tokens], left):

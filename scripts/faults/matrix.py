@@ -393,14 +393,18 @@ def run_matrix(plan: MatrixPlan, console: Console) -> bool:
         finally:
             await watched.close()
 
-    with contextlib.ExitStack() as running:
-        running.callback(background.close)
-        with console.status("starting the swarm"):
-            arena = running.enter_context(Arena(plan.model, replicas=plan.replicas, logs=plan.logs))
-        background.run(run())
-    print_matrix(console, outcomes, limits, problems)
-    if plan.json is not None:
-        plan.json.write_text(json.dumps(matrix_document(outcomes, problems), indent=1))
+    try:
+        with contextlib.ExitStack() as running:
+            running.callback(background.close)
+            with console.status("starting the swarm"):
+                arena = running.enter_context(
+                    Arena(plan.model, replicas=plan.replicas, logs=plan.logs, hosts=plan.hosts)
+                )
+            background.run(run())
+    finally:  # a run that is interrupted says how far it came
+        print_matrix(console, outcomes, limits, problems)
+        if plan.json is not None:
+            plan.json.write_text(json.dumps(matrix_document(outcomes, problems), indent=1))
     return not problems and not any(outcome.problems for outcome in outcomes)
 
 

@@ -242,6 +242,20 @@ class Soak:
             table.add_row(kind, str(len(members)), str(hit), *seconds_of(stalls))
         return table
 
+    def report(self, console: Console) -> None:
+        """Print everything that a person wants to know."""
+        document = self.document()
+        console.print(self.summary())
+        console.print(
+            f"  {self.finished} sessions, {self.tokens} tokens, {document['heals']} heals, "
+            f"{self.recomputed} tokens ({document['replayed_bytes'] / 1e6:.1f} MB) replayed, "
+            f"undisturbed step {document['median_step_s'] * 1000:.0f} ms"
+        )
+        for name, growth in document["growth_mb_per_hour"].items():
+            console.print(f"  memory of {name}: {growth:+.0f} MB an hour")
+        for problem in self.problems:
+            console.print(f"  {escape(problem)}", style="red", soft_wrap=True)
+
     def document(self) -> dict[str, Any]:
         """The same and more for programs."""
         return {
@@ -249,7 +263,7 @@ class Soak:
             "minutes": self._plan.minutes,
             "sessions_finished": self.finished,
             "tokens": self.tokens,
-            "median_step_s": statistics.median(self.undisturbed_step_s),
+            "median_step_s": statistics.median(self.undisturbed_step_s or [0.0]),
             "heals": self._watched.heals,
             "replayed_tokens": self.recomputed,
             "replayed_bytes": self.recomputed * self._watched.token_bytes,
@@ -292,33 +306,26 @@ def run_soak(plan: SoakPlan, console: Console) -> bool:
         finally:
             await watched.close()
 
-    with contextlib.ExitStack() as running:
-        running.callback(background.close)
-        with console.status("starting the swarm"):
-            arena = running.enter_context(
-                Arena(
-                    plan.model,
-                    stages=plan.stages,
-                    replicas=plan.replicas,
-                    logs=plan.logs,
-                    hosts=plan.hosts,
+    try:
+        with contextlib.ExitStack() as running:
+            running.callback(background.close)
+            with console.status("starting the swarm"):
+                arena = running.enter_context(
+                    Arena(
+                        plan.model,
+                        stages=plan.stages,
+                        replicas=plan.replicas,
+                        logs=plan.logs,
+                        hosts=plan.hosts,
+                    )
                 )
-            )
-        background.run(run())
-    (soak,) = soaks
-    document = soak.document()
-    if plan.json is not None:
-        plan.json.write_text(json.dumps(document, indent=1))
-    console.print(soak.summary())
-    console.print(
-        f"  {soak.finished} sessions, {soak.tokens} tokens, {document['heals']} heals, "
-        f"{document['replayed_tokens']} tokens ({document['replayed_bytes'] / 1e6:.1f} MB) replayed"
-    )
-    for name, growth in document["growth_mb_per_hour"].items():
-        console.print(f"  memory of {name}: {growth:+.0f} MB an hour")
-    for problem in soak.problems:
-        console.print(f"  {escape(problem)}", style="red", soft_wrap=True)
-    return not soak.problems
+            background.run(run())
+    finally:  # a run that is interrupted says how far it came
+        for soak in soaks:
+            soak.report(console)
+            if plan.json is not None:
+                plan.json.write_text(json.dumps(soak.document(), indent=1))
+    return not soaks[0].problems
 
 
 async def _show(live: Live, soak: Soak, plan: SoakPlan) -> None:

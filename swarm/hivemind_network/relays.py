@@ -128,9 +128,9 @@ class RelayKeeper:
             key=lambda peer: self._failed_s.get(peer, 0.0),
         )
         await self._try_all(free[:missing])
-        if len(self._held) < min(RELAYS_WANTED, 2):
-            others = await self._other_candidates()
-            await self._try_all(others[: RELAYS_WANTED - len(self._held)])
+        missing = RELAYS_WANTED - len(self._held)
+        if missing > 0:
+            await self._try_all((await self._other_candidates())[:missing])
 
     async def _other_candidates(self) -> list[PeerId]:
         asked_after_s = time.monotonic() - REFUSAL_COUNTS_S

@@ -19,8 +19,8 @@ import zstandard
 from scripts.local_swarm import LocalSwarm, Span, SwarmPlan
 from swarm.catalogue.checkpoint import Checkpoint
 from swarm.client.app import SwarmClient
-from swarm.client.hops import SessionRequest
 from swarm.client.config import ClientSettings
+from swarm.client.hops import SessionRequest
 from swarm.connection import Connection
 from swarm.hivemind_network import HivemindNetwork, NetworkSettings
 from swarm.protocol.codec import encode

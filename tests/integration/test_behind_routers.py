@@ -12,8 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,23 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scripts.netlab import Gateway, Host, Lab, Link, why_unavailable
+from scripts.netlab import Host, Lab, Link, why_unavailable
 from scripts.process_keeper import KeptProcess
+from swarm.addresses import is_global
 from swarm.protocol.identity import Identity
 from tests.integration.lab_client import PROMPT
 
 BLOCKS = 4
-LINK = Link(latency_ms=5)
-START_TIMEOUT_S = 120.0
-ANSWER_TIMEOUT_S = 90.0
+LONG_ANSWER = 400
+LINK = Link(latency_ms=10)
+TIMEOUT_S = 120.0
 SEED_PORT = 31330
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "HF_HUB_OFFLINE": "1",
+    "SWARM_NODE_ANNOUNCE_PERIOD_S": "1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +74,15 @@ class Program:
         with log.open("wb") as errors:
             self.process: KeptProcess = host.popen(
                 [sys.executable, *command],
-                environment=os.environ
-                | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"},
+                environment=os.environ | ENVIRONMENT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 grace_s=1.0,
             )
 
-    def line(self, timeout_s: float) -> str:
-        """The next line; the whole log when there is none in time."""
+    def line(self, timeout_s: float = TIMEOUT_S) -> str:
+        """The next line; fails with the log when there is none in time."""
         stdout = self.process.stdout
         assert stdout is not None
         lines: list[bytes] = []
@@ -86,103 +91,79 @@ class Program:
         reader.join(timeout_s)
         if not lines or not lines[0]:
             raise AssertionError(f"said nothing: {self.log.read_text()[-3000:]}")
-        return lines[0].decode()
+        return lines[0].decode().strip()
 
-    def ready(self) -> dict[str, Any]:
-        """Wait until a peer is online; what it says of itself."""
+    def ready(self) -> None:
+        """Wait until ``swarm-node`` is online."""
         while True:
-            event: dict[str, Any] = json.loads(self.line(START_TIMEOUT_S))
+            event: dict[str, Any] = json.loads(self.line())
             if event["event"] != "status":
                 assert event["event"] == "ready", event
-                return event
+                return
 
-    def ask(self, question: str) -> Any:
+    def say(self, question: str) -> None:
         stdin = self.process.stdin
         assert stdin is not None
         stdin.write(f"{question}\n".encode())
         stdin.flush()
-        return json.loads(self.line(ANSWER_TIMEOUT_S))
 
-    def descendants(self, name: str) -> list[psutil.Process]:
-        keeper = psutil.Process(self.process.keeper_pid)
-        return [child for child in keeper.children(recursive=True) if child.name() == name]
-
-
-@dataclass
-class Home:
-    """A computer behind a router that masquerades."""
-
-    gateway: Gateway
-    host: Host
+    def ask(self, question: str) -> Any:
+        self.say(question)
+        return json.loads(self.line())
 
 
 class Country:
-    """Seeds in the open, homes behind routers, each pair with a link of its own."""
+    """Seeds in the open and homes behind routers; each pair has a link of its own."""
 
-    def __init__(self, lab: Lab, seeds: int, folder: Path) -> None:
-        self.lab = lab
+    def __init__(self, lab: Lab, folder: Path, homes: Sequence[str]) -> None:
+        self._lab = lab
         self._folder = folder
-        self.hosts = [lab.host(f"seed{number}") for number in range(seeds)]
-        self.homes = {name: self._home(name) for name in ("first", "second", "user")}
-        public = [*self.hosts, *(home.gateway for home in self.homes.values())]
-        for number, one in enumerate(public):
-            for other in public[number + 1 :]:
-                lab.link(one, other, LINK)
-        self.peers: list[str] = []
+        self._public: list[Host] = []
+        self.homes = {name: self._home(name) for name in homes}
         self.seeds: list[Program] = []
-        for number, host in enumerate(self.hosts):
-            key = folder / f"seed{number}.key"
-            peer_id = Identity.load_or_create(key).peer_id
-            before = self.peers[:1]
-            self.peers.append(f"/ip4/{host.address}/tcp/{SEED_PORT}/p2p/{peer_id}")
-            listen = ("--listen", f"/ip4/0.0.0.0/tcp/{SEED_PORT}")
-            self.seeds.append(self._peer(host, f"seed{number}", "seed", before, *listen))
-            if number == 0:
-                self.seeds[0].ready()
-        for seed in self.seeds[1:]:
-            seed.ready()
+        self.seed_hosts: list[Host] = []
+        self.peers: list[str] = []
+        """Addresses of the seeds."""
 
-    def _home(self, name: str) -> Home:
-        gateway = self.lab.gateway(f"router-{name}")
-        return Home(gateway, self.lab.host(name, behind=gateway))
+    def _home(self, name: str) -> Host:
+        router = self._lab.gateway(f"router-{name}")
+        self._connect(router)
+        return self._lab.host(name, behind=router)
 
-    def _peer(
-        self, host: Host, name: str, command: str, peers: Sequence[str], *arguments: str
+    def _connect(self, host: Host) -> None:
+        for other in self._public:
+            self._lab.link(other, host, LINK)
+        self._public.append(host)
+
+    def open_seed(self) -> None:
+        """Start one more; it joins through the first one."""
+        name = f"seed{len(self.seeds)}"
+        host = self._lab.host(name)
+        self._connect(host)
+        peer_id = Identity.load_or_create(self._folder / f"{name}.key").peer_id
+        listen = ("--listen", f"/ip4/0.0.0.0/tcp/{SEED_PORT}")
+        seed = self.swarm_node(host, name, "seed", *listen, peers=self.peers[:1])
+        seed.ready()
+        self.seeds.append(seed)
+        self.seed_hosts.append(host)
+        self.peers.append(f"/ip4/{host.address}/tcp/{SEED_PORT}/p2p/{peer_id}")
+
+    def swarm_node(
+        self, host: Host, name: str, command: str, *arguments: str, peers: Sequence[str]
     ) -> Program:
         options = [word for peer in peers for word in ("--peers", peer)]
         settings = ("--json", "--no-metrics", "--name", name, "--log-level", "info")
-        program = ("-m", "swarm.node.cli", command, *arguments, *options, *settings)
         key = ("--identity", str(self._folder / f"{name}.key"))
-        return Program(host, (*program, *key), self._folder / f"{name}.log")
+        program = ("-m", "swarm.node.cli", command, *arguments, *options, *settings, *key)
+        return Program(host, program, self._folder / f"{name}.log")
 
-    def join(self, checkpoint: Path) -> tuple[Program, Program, Program]:
-        """Two nodes with half of the model each and a client; what donors type, nothing else."""
-        nodes = [
-            self._peer(
-                self.homes[name].host,
-                name,
-                "join",
-                self.peers,
-                *(str(checkpoint), "--blocks", blocks, "--dtype", "float32"),
-            )
-            for name, blocks in (("first", "0:2"), ("second", "2:4"))
-        ]
-        program = str(Path(__file__).with_name("lab_client.py"))
-        user = Program(
-            self.homes["user"].host,
-            (program, str(checkpoint), *self.peers),
-            self._folder / "user.log",
-        )
-        for node in nodes:
-            # What nobody outside could dial would only cost others time.
-            addresses = [one.partition("/p2p/12")[0] for one in node.ready()["addresses"]]
-            assert any("44.99." in address for address in addresses)
-        assert user.line(START_TIMEOUT_S) == "ready\n"
-        return nodes[0], nodes[1], user
+    def program(self, name: str, home: str, *arguments: str) -> Program:
+        path = str(Path(__file__).with_name(name))
+        return Program(self.homes[home], (path, *arguments), self._folder / f"{home}.log")
 
     def packets(self, one: str, other: str) -> int:
-        """Between two routers, both ways."""
-        counts = self.lab.counts()
+        """Directly between two routers, both ways."""
+        counts = self._lab.counts()
         return sum(
             counts[f"router-{one}-router-{other}/{way}"]["packets"] for way in ("up", "down")
         )
@@ -204,56 +185,84 @@ def relays_of(addresses: Sequence[str]) -> set[str]:
     return {address.split("/")[2] for address in addresses if "/p2p-circuit" in address}
 
 
-def wait_for_relays(user: Program, *, without: str, at_least: int, timeout_s: float) -> None:
-    """Until the directory names only living relays for both nodes."""
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
     deadline_s = time.monotonic() + timeout_s
-    while True:
-        nodes = {name: relays_of(addresses) for name, addresses in user.ask("nodes").items()}
-        if len(nodes) == 2 and all(
-            without not in relays and len(relays) >= at_least for relays in nodes.values()
-        ):
-            return
-        assert time.monotonic() < deadline_s, nodes
+    while not condition():
+        assert time.monotonic() < deadline_s
         time.sleep(0.2)
 
 
-def test_served_through_relays_at_once_then_directly_and_relays_are_replaced(
-    lab: Lab, checkpoint: Path, tmp_path: Path
-) -> None:
-    country = Country(lab, seeds=4, folder=tmp_path)
-    first, _, user = country.join(checkpoint)
+def test_two_nodes_and_a_user_behind_routers(lab: Lab, checkpoint: Path, tmp_path: Path) -> None:
+    country = Country(lab, tmp_path, ("first", "second", "user"))
+    for _ in range(3):
+        country.open_seed()
+    # What donors type; nothing says that there is a router.
+    nodes = [
+        country.swarm_node(
+            country.homes[name],
+            name,
+            "join",
+            *(str(checkpoint), "--blocks", blocks, "--dtype", "float32"),
+            peers=country.peers,
+        )
+        for name, blocks in (("first", "0:2"), ("second", "2:4"))
+    ]
+    user = country.program("lab_client.py", "user", str(checkpoint), *country.peers)
+    for node in nodes:
+        node.ready()
+    assert user.line() == "ready"
+
+    # At once: relays are announced, and serve.
+    seeds = {host.address for host in country.seed_hosts}
     for addresses in user.ask("nodes").values():
+        assert relays_of(addresses) == seeds
         direct = [address for address in addresses if "/p2p-circuit" not in address]
-        assert len(relays_of(addresses)) == 3
-        assert all(address.startswith(("/ip4/10.", "/ip4/127.", "/ip6/")) for address in direct)
+        assert not any(is_global(address) for address in direct)
+    expected = undisturbed(checkpoint, LONG_ANSWER)
+    assert user.ask("generate 5") == expected[: len(PROMPT) + 5]
+    assert country.packets("first", "second") == 0
 
-    # A session that begins through a relay and goes on without one.
-    expected = undisturbed(checkpoint, 200)
-    assert user.ask("generate 200") == expected
-
+    # With a fourth peer that tells them how they look from outside, the nodes can punch a hole. It
+    # happens in the middle of an answer.
+    user.say(f"generate {LONG_ANSWER}")
+    country.open_seed()
+    assert json.loads(user.line()) == expected
+    wait_until(lambda: country.packets("first", "second") > 0, 30)
+    assert user.ask("generate 5") == expected[: len(PROMPT) + 5]
     before = country.packets("first", "second")
     assert user.ask("generate 50") == expected[: len(PROMPT) + 50]
     assert country.packets("first", "second") - before > 50
 
-    relayed = relays_of(user.ask("nodes")["first"])
-    victim = next(
-        number for number, host in enumerate(country.hosts) if number and host.address in relayed
+    # A relay dies; the fourth, which nobody named to the nodes, takes its place.
+    country.seeds[1].process.kill()
+    dead, *others = (country.seed_hosts[number].address for number in (1, 0, 2, 3))
+
+    def is_replaced() -> bool:
+        nodes = user.ask("nodes")
+        return [relays_of(addresses) for addresses in nodes.values()] == [set(others)] * 2
+
+    wait_until(is_replaced, 30)
+    assert user.ask("generate 5") == expected[: len(PROMPT) + 5]
+
+
+def test_one_relay_is_enough_and_may_lose_its_daemon(lab: Lab, tmp_path: Path) -> None:
+    country = Country(lab, tmp_path, ("first", "second"))
+    country.open_seed()
+    started_s = time.monotonic()
+    first, second = (
+        country.program("lab_peer.py", home, str(tmp_path / f"{home}.key"), *country.peers)
+        for home in ("first", "second")
     )
-    country.seeds[victim].process.kill()
-    address = country.hosts[victim].address
-    wait_for_relays(user, without=address, at_least=3, timeout_s=30)
-    assert user.ask("generate 20") == expected[: len(PROMPT) + 20]
+    names = {program: program.line() for program in (first, second)}
+    (relay,) = (host.address for host in country.seed_hosts)
+    reached = {program: program.ask("addresses") for program in (first, second)}
+    assert time.monotonic() - started_s < 15
+    for one, other in ((first, second), (second, first)):
+        assert relays_of(reached[other]) == {relay}
+        assert one.ask(f"open {names[other]} {' '.join(reached[other])}") is True
 
-
-def test_one_seed_is_enough_and_may_lose_its_daemon(
-    lab: Lab, checkpoint: Path, tmp_path: Path
-) -> None:
-    country = Country(lab, seeds=1, folder=tmp_path)
-    _, _, user = country.join(checkpoint)
-    expected = undisturbed(checkpoint, 20)
-    assert user.ask("generate 20") == expected
-    (daemon,) = country.seeds[0].descendants("p2pd")
+    keeper = psutil.Process(country.seeds[0].process.keeper_pid)
+    (daemon,) = (child for child in keeper.children(recursive=True) if child.name() == "p2pd")
     daemon.kill()
     daemon.wait(10)
-    wait_for_relays(user, without="nobody", at_least=1, timeout_s=30)
-    assert user.ask("generate 20") == expected
+    wait_until(lambda: first.ask(f"open {names[second]} {' '.join(reached[second])}") is True, 30)

@@ -253,6 +253,8 @@ class ToyPlanner:
         self.first_failure: asyncio.Future[PeerId] = asyncio.get_running_loop().create_future()
         self.fails_to_see: set[int] = set()
         """Nodes that it does not know of (yet)."""
+        self.longest_blocks = len(swarm.nodes) * 8
+        """It never asks one hop for more than these."""
 
     async def plan(
         self,
@@ -272,7 +274,7 @@ class ToyPlanner:
                 usable = index not in self.fails_to_see and peer.peer_id not in excluded
                 twice = any(hop.peer_id == peer.peer_id for hop in hops)
                 if usable and not twice and engine.first_block <= start < engine.end_block:
-                    end = min(engine.end_block, end_block)
+                    end = min(engine.end_block, end_block, start + self.longest_blocks)
                     hops.append(PlannedHop(peer.peer_id, f"node {index}", (), start, end))
                     start = end
                     break

@@ -96,7 +96,7 @@ def test_pieces_of_a_long_prompt_are_in_different_hops_at_the_same_time(
             elapsed_s = swarm.clock.monotonic_s() - started_s
         # 8 pieces through 3 hops of 1 s: 10 s pipelined, 24 s one after the other. The window of
         # 4 steps costs nothing as long as it covers the hops.
-        assert 10.0 <= elapsed_s < 10.5
+        assert 9.99 <= elapsed_s < 10.5
         await swarm.assert_nothing_left()
 
     virtual_time.run(main())

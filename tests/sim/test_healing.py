@@ -258,6 +258,32 @@ def test_nodes_come_and_go_all_the_time(
     converse(toy_swarm, toy_blocks, make_tensor, fault, seed=seed, steps=60, rows=2)
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("hop", [0, 1])
+def test_a_neighbour_that_hosts_the_lost_blocks_too_takes_them_over(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any, seed: int, hop: int
+) -> None:
+    """Then two hops of the chain are on the same node."""
+    spans = ((0, 3), (0, 6)) if hop == 0 else ((0, 6), (3, 6))
+
+    async def main() -> None:
+        swarm = toy_swarm(spans, seed=seed, settings=LINKS)
+        await swarm.start()
+        planner = swarm.planner(0, 1)
+        planner.longest_blocks = 3
+        async with swarm.chain(planner=planner, maximum_tokens=MAXIMUM_TOKENS, rows=2) as chain:
+            talk = Conversation(chain, seed, 2, toy_blocks, make_tensor)
+            await talk.run(8)
+            assert len(chain.plan.hops) == 2
+            swarm.network.crash(swarm.nodes[hop].peer.peer_id)
+            await talk.run(8)
+            assert len({planned.peer_id for planned in chain.plan.hops}) == 1
+            assert chain.hops_through_client == 0
+        await swarm.assert_nothing_left()
+
+    virtual_time.run(main())
+
+
 def test_without_a_replica_it_says_so_soon_and_resumes_when_one_joins(
     toy_swarm: Any, toy_blocks: Any, make_tensor: Any
 ) -> None:

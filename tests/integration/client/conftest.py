@@ -22,8 +22,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from swarm.client.background import BackgroundLoop
-from swarm.client.hops import SessionRequest
 from swarm.client.ends import EMBEDDING, HEAD, NORM, ModelEnds
+from swarm.client.hops import SessionRequest
 from swarm.client.model import SwarmModelForCausalLM
 from swarm.client.remote_blocks import RemoteBlocks
 from swarm.compute.packed_linear import pack_linears

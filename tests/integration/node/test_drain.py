@@ -29,7 +29,7 @@ from swarm.protocol.tensors import DType
 BLOCKS = 6
 HIDDEN = 64
 TOKENS = 600
-LEAVE_TIMEOUT_S = 60.0
+REPLAYED_TOKENS = "swarm_node_replayed_tokens_total "
 
 
 @pytest.fixture(scope="module")
@@ -138,5 +138,5 @@ def replayed_tokens(node: Member) -> float:
     assert node.metrics_url is not None
     with urllib.request.urlopen(node.metrics_url, timeout=10) as answer:  # noqa: S310 (loopback)
         text = answer.read().decode()
-    (line,) = (line for line in text.splitlines() if line.startswith("swarm_node_replayed_tokens_"))
+    (line,) = (line for line in text.splitlines() if line.startswith(REPLAYED_TOKENS))
     return float(line.split()[-1])

@@ -58,7 +58,7 @@ def potential(nodes: Sequence[PlacedNode], blocks: int) -> float:
         throughput = sum(n.speed / (n.planned[1] - n.planned[0]) for n in here)
         replicas = sum(n.availability for n in here)
         owners = {n.organisation or n.peer_id for n in here}
-        total -= (mean / (throughput + 0.02 * mean)) ** 3
+        total -= (mean / (throughput + 0.02 * mean)) ** 2
         total -= 0.3 * max(0.0, 3 - replicas) ** 2 + max(0, 2 - len(owners)) ** 2
         for country in countries:
             own = [n for n in nodes if n.country == country]
@@ -68,7 +68,7 @@ def potential(nodes: Sequence[PlacedNode], blocks: int) -> float:
             own_mean = sum(n.speed for n in own) / blocks
             share = own_mean / mean
             own_here = sum(n.speed / (n.planned[1] - n.planned[0]) for n in here if n in own)
-            total -= 0.3 * share * (own_mean / (own_here + 0.02 * own_mean)) ** 3
+            total -= 0.3 * share * (own_mean / (own_here + 0.02 * own_mean)) ** 2
     return total
 
 
@@ -205,8 +205,8 @@ def test_a_country_closes_its_own_gap_only_if_the_swarm_has_nodes_to_spare() -> 
 
     def first_choice(others: int) -> int:
         # slightly weaker at the beginning, so that the term alone makes the difference
-        foreign = [node(i, 2, 8, 600.0, country="BB") for i in range(others)]
-        foreign += [node(f"f{i}", 0, 2, 100.0, country="BB") for i in range(others)]
+        foreign = [node(i, 2, 8, 300.0, country="BB") for i in range(others)]
+        foreign += [node(f"f{i}", 0, 2, 20.0, country="BB") for i in range(others)]
         vectors = block_vectors([*own, *foreign], 8)
         return choose_span(vectors, me, 4, nothing_loads(8)).first_block
 
