@@ -16,11 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from swarm.cached_peers import load_peers, save_peers, worth_keeping
 from swarm.client.chain import Chain, ChainObserver, ChainTimeouts
 from swarm.client.config import ClientSettings
 from swarm.client.hops import SessionRequest
 from swarm.client.known_nodes import KnownNodes
 from swarm.client.router import OLDEST_VIEW_S, READ_AGAIN_S, Router
+from swarm.clock_offset import ClockOffsets, CorrectedClock
 from swarm.journal import JournalBudget
 from swarm.membership import ModelSummary, list_models, read_nodes
 from swarm.ports import Clock, Directory, Transport
@@ -80,18 +82,24 @@ class SwarmClient:
                     # Clients are never dialled: nodes answer on the streams that clients open.
                     listen_addresses=("/ip4/127.0.0.1/tcp/0",),
                     initial_peers=settings.peers,
+                    fallback_peers=load_peers(settings.peers_file) if settings.peers_file else (),
                     serve_directory=False,
                     start_timeout_s=settings.connect_timeout_s,
                 ),
             )
             stack.push_async_callback(network.close)
+            offsets = ClockOffsets(LoopClock())
+            offsets.believe(network.clock_offset_s)
             client = cls(
                 network,
+                clock=CorrectedClock(LoopClock(), offsets),
                 timeouts=ChainTimeouts(
                     open_s=settings.open_timeout_s, step_s=settings.step_timeout_s
                 ),
                 observer=observer,
             )
+            if settings.peers_file is not None:
+                stack.callback(client._remember, settings.peers_file)
             client._resources = stack.pop_all()
             return client
         raise AssertionError("unreachable")
@@ -113,6 +121,16 @@ class SwarmClient:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._resources.aclose()
+
+    def _remember(self, peers_file: Path) -> None:
+        """Keep nodes that were met, so that the next client needs no seed."""
+        records = [record for known in self._known.values() for record in known.records]
+        if not records:
+            return
+        try:
+            save_peers(peers_file, worth_keeping(records, before=load_peers(peers_file)))
+        except OSError as error:
+            log.warning("could not keep the peers in %s: %s", peers_file, error.strerror)
 
     async def models(self) -> list[ModelSummary]:
         """What the swarm serves, by its directory."""

@@ -61,6 +61,15 @@ class Bans:
         """It served: whatever it did before is forgotten."""
         self._of_peer.pop(peer, None)
 
+    def answered(self, peer: PeerId) -> None:
+        """It is there and answers: that it did not before is forgotten, and nothing else."""
+        bans = self._of_peer.get(peer)
+        if bans is not None:
+            bans.pop(FailureKind.UNREACHABLE, None)
+            bans.pop(FailureKind.SILENT, None)
+            if not bans:
+                del self._of_peer[peer]
+
     def reason(self, peer: PeerId, now_s: float) -> FailureKind | None:
         """Why a peer is banned now, by the ban that lasts longest; None if it is not."""
         bans = self._of_peer.get(peer)

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from swarm.client.background import BackgroundLoop
 from swarm.client.remote_blocks import RemoteBlocks, RemoteChain
 from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
-from swarm.protocol.errors import UsageError
+from swarm.protocol.errors import NoRouteError, UsageError
 from swarm.protocol.tensors import WireTensor
 from swarm.routing import ChainPlan
 
@@ -213,6 +213,8 @@ class RemoteSession:
             return self._background.run(
                 self._step(activations, position, output_tokens, row_order, shape)
             )
+        except NoRouteError:
+            raise  # nothing of the step counts, and the next one tries again
         except BaseException:
             # A failed or interrupted step leaves the hops in a state that is not known.
             self.close()

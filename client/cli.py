@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.client.background import BackgroundLoop
-from swarm.client.config import PEERS_VARIABLE, ClientSettings, SamplingSettings, load_settings
+from swarm.client.config import (
+    PEERS_FILE,
+    PEERS_FILE_VARIABLE,
+    PEERS_VARIABLE,
+    ClientSettings,
+    SamplingSettings,
+    load_settings,
+)
 from swarm.client.output import Answer, error_to_json, explain, note
 from swarm.protocol.errors import (
     NoRouteError,
@@ -328,7 +335,8 @@ def _connected(settings: ClientSettings) -> Iterator[tuple[BackgroundLoop, Swarm
 
 def _settings(peers: list[str] | None, dtype: str | None, config: Path | None) -> ClientSettings:
     flags = {"peers": " ".join(peers or ()) or None, "dtype": dtype}
-    return load_settings(flags, environment=os.environ, config_file=config)
+    environment = {PEERS_FILE_VARIABLE: str(PEERS_FILE), **os.environ}
+    return load_settings(flags, environment=environment, config_file=config)
 
 
 def _prepare_process() -> None:

@@ -13,8 +13,11 @@ from typing import Any
 
 from swarm.protocol.errors import ConfigError, UsageError
 
+PEERS_FILE = Path("~/.local/share/sovereign-swarm/client.peers")
+"""Where the command ``swarm`` remembers nodes that it met; programs choose for themselves."""
 PEERS_VARIABLE = "SWARM_PEERS"
 """Environment variable with peer addresses, separated by commas or white space."""
+PEERS_FILE_VARIABLE = "SWARM_PEERS_FILE"
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -25,6 +28,8 @@ class ClientSettings:
 
     peers: tuple[str, ...]
     """Addresses of peers to join through, e.g. ``/ip4/192.0.2.7/tcp/31330/p2p/12D3KooW...``."""
+    peers_file: Path | None = None
+    """Where nodes are remembered, to be tried when none of ``peers`` answers; None: nowhere."""
     identity_path: Path | None = None
     """Key file of this client; None makes a fresh identity for each process."""
     dtype: str = "auto"
@@ -37,7 +42,7 @@ class ClientSettings:
     """How long one step (a token, or a whole prompt) may take through the chain."""
 
     def __post_init__(self) -> None:
-        if not self.peers:
+        if not self.peers and not (self.peers_file is not None and self.peers_file.exists()):
             raise ConfigError(
                 "no peers to join through; pass --peers ADDRESS or set "
                 f"{PEERS_VARIABLE} to the address that a seed or node prints when it starts"
@@ -103,6 +108,8 @@ def load_settings(
         merged |= _read_file(config_file)
     if environment.get(PEERS_VARIABLE):
         merged["peers"] = split_addresses(environment[PEERS_VARIABLE])
+    if environment.get(PEERS_FILE_VARIABLE):
+        merged["peers_file"] = environment[PEERS_FILE_VARIABLE]
     merged |= {name: value for name, value in flags.items() if value not in (None, (), [])}
     return ClientSettings(**_typed(merged))
 
@@ -128,7 +135,7 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
             if not all(isinstance(address, str) for address in value):
                 raise ConfigError("peers must be a list of addresses")
             typed[name] = tuple(value)
-        elif name == "identity_path":
+        elif name in ("identity_path", "peers_file"):
             typed[name] = Path(value).expanduser()
         elif name == "dtype":
             typed[name] = str(value)

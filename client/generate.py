@@ -27,7 +27,13 @@ from swarm.client.config import SamplingSettings
 from swarm.client.ends import ModelEnds, read_generation_config, remote_blocks
 from swarm.client.remote_blocks import ChainOpener, RemoteBlocks, RemoteChain
 from swarm.client.text_stream import IncrementalDetokenizer, StopStrings
-from swarm.protocol.errors import CheckpointError, NetworkError, UsageError
+from swarm.protocol.errors import (
+    CheckpointError,
+    GenerationInterrupted,
+    NetworkError,
+    NoRouteError,
+    UsageError,
+)
 from swarm.protocol.tensors import DType, WireTensor
 from swarm.routing import ChainPlan
 
@@ -57,6 +63,59 @@ class TextPiece:
     text: str
     token_ids: tuple[int, ...] = ()
     result: GenerationResult | None = None
+
+
+class _Answer:
+    """An answer in the making: all that is needed to go on with it."""
+
+    def __init__(
+        self,
+        prompt_ids: list[int],
+        limit: int,
+        chooser: TokenChooser,
+        detokenizer: IncrementalDetokenizer,
+        stop_strings: StopStrings,
+    ) -> None:
+        self.prompt_ids = prompt_ids
+        self.chooser = chooser
+        self.new_ids: list[int] = []
+        self._limit = limit
+        self._detokenizer = detokenizer
+        self._stop_strings = stop_strings
+        self._texts: list[str] = []
+        self._started_s = self._first_s = time.perf_counter()
+        self._finish_reason = ""
+
+    def add(self, token_id: int, *, is_end: bool) -> TextPiece | None:
+        """Add a token; None when it was the last one, then :meth:`last_piece` has it."""
+        self.new_ids.append(token_id)
+        if len(self.new_ids) == 1:
+            self._first_s = time.perf_counter()
+        text = self._stop_strings.add(self._detokenizer.add(token_id))
+        is_stop = is_end or self._stop_strings.stopped
+        is_last = is_stop or len(self.new_ids) >= self._limit
+        if is_last:
+            text += self._stop_strings.add(self._detokenizer.finish())
+            text += self._stop_strings.finish()
+            self._finish_reason = "stop" if is_end or self._stop_strings.stopped else "length"
+        self._texts.append(text)
+        return None if is_last else TextPiece(text, (token_id,))
+
+    def last_piece(self, chain_passes: int, plan: ChainPlan) -> TextPiece:
+        """The last token with the whole result."""
+        decode_s = time.perf_counter() - self._first_s
+        count = len(self.new_ids)
+        result = GenerationResult(
+            text="".join(self._texts),
+            token_ids=tuple(self.new_ids),
+            finish_reason=self._finish_reason,
+            prompt_tokens=len(self.prompt_ids),
+            time_to_first_token_s=self._first_s - self._started_s,
+            tokens_per_s=(count - 1) / decode_s if count > 1 else 0.0,
+            chain_passes=chain_passes,
+            plan=plan,
+        )
+        return TextPiece(self._texts[-1], (self.new_ids[-1],), result)
 
 
 class LocalModel:
@@ -144,6 +203,7 @@ class TextSession:
         self._chain: RemoteChain | None = None
         self._cached_ids: list[int] = []
         self._passes_before = 0
+        self._answer: _Answer | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -168,8 +228,9 @@ class TextSession:
     ) -> AsyncGenerator[TextPiece, None]:
         """Continue ``prompt_ids``; the part of it that is cached already is not sent again.
 
-        Raises UsageError for prompts that do not fit, NoRouteError and NetworkError.
-        After an error or a cancellation the session is closed.
+        Raises UsageError for prompts that do not fit, NoRouteError and NetworkError. After
+        GenerationInterrupted, :meth:`resume` goes on. After any other error or a cancellation the
+        session is closed; the next answer opens a new one.
         """
         settings = settings or SamplingSettings()
         room = min(self._maximum_tokens, self._model.maximum_tokens) - len(prompt_ids)
@@ -180,45 +241,45 @@ class TextSession:
                 f"the prompt has {len(prompt_ids)} tokens; at most "
                 f"{len(prompt_ids) + room - 1} fit into this session"
             )
-        limit = min(settings.max_new_tokens, room)
-        chooser = TokenChooser(self._model.ends, settings, prompt_ids, self._wire_dtype)
-        detokenizer = IncrementalDetokenizer(self._model.decode)
-        stop_strings = StopStrings(settings.stop)
-        new_ids: list[int] = []
-        texts: list[str] = []
-        started_s = first_s = time.perf_counter()
-        chain, hidden = await self._pass_prompt(chooser, prompt_ids)
-        position = len(prompt_ids)
-        while True:
-            token_id, activations = await self._model.queue.choose(chooser, hidden)
-            new_ids.append(token_id)
-            if len(new_ids) == 1:
-                first_s = time.perf_counter()
-            ended = token_id in self._model.end_token_ids
-            text = stop_strings.add(detokenizer.add(token_id))
-            if ended or stop_strings.stopped or len(new_ids) >= limit:
-                text += stop_strings.add(detokenizer.finish()) + stop_strings.finish()
-                break
-            texts.append(text)
-            yield TextPiece(text, (token_id,))
-            hidden = await self._step(chain, activations, position, [token_id])
-            position += 1
-        texts.append(text)
-        decode_s = time.perf_counter() - first_s
-        yield TextPiece(
-            text,
-            (token_id,),
-            GenerationResult(
-                text="".join(texts),
-                token_ids=tuple(new_ids),
-                finish_reason="stop" if ended or stop_strings.stopped else "length",
-                prompt_tokens=len(prompt_ids),
-                time_to_first_token_s=first_s - started_s,
-                tokens_per_s=(len(new_ids) - 1) / decode_s if len(new_ids) > 1 else 0.0,
-                chain_passes=chain.passes - self._passes_before,
-                plan=chain.plan,
-            ),
+        self._answer = _Answer(
+            prompt_ids=list(prompt_ids),
+            limit=min(settings.max_new_tokens, room),
+            chooser=TokenChooser(self._model.ends, settings, prompt_ids, self._wire_dtype),
+            detokenizer=IncrementalDetokenizer(self._model.decode),
+            stop_strings=StopStrings(settings.stop),
         )
+        async with aclosing(self.resume()) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def resume(self) -> AsyncGenerator[TextPiece, None]:
+        """Go on with an answer that was interrupted: the next token is the one that was due.
+
+        Yields what comes after the last piece. Raises UsageError when there is no such answer, and
+        otherwise what :meth:`stream` raises.
+        """
+        answer = self._answer
+        if answer is None:
+            raise UsageError("no answer of this session was interrupted")
+        known_ids = [*answer.prompt_ids, *answer.new_ids]
+        try:
+            chain, hidden = await self._pass_prompt(answer.chooser, known_ids)
+            while True:
+                token_id, activations = await self._model.queue.choose(answer.chooser, hidden)
+                piece = answer.add(token_id, is_end=token_id in self._model.end_token_ids)
+                if piece is None:
+                    break
+                yield piece
+                position = len(answer.prompt_ids) + len(answer.new_ids) - 1
+                hidden = await self._step(chain, activations, position, [token_id])
+        except NoRouteError as error:
+            if self._chain is None:
+                self._answer = None  # it has not even begun
+                raise
+            known_ids = [*answer.prompt_ids, *answer.new_ids]
+            raise GenerationInterrupted(error, (tuple(known_ids),)) from error
+        self._answer = None
+        yield answer.last_piece(chain.passes - self._passes_before, chain.plan)
 
     @property
     def _wire_dtype(self) -> DType:
@@ -262,6 +323,8 @@ class TextSession:
     ) -> WireTensor:
         try:
             hidden = await chain.step(activations, position, output_tokens=1)
+        except NoRouteError:
+            raise  # nothing of the step counts, and the chain tries again with the next one
         except BaseException:
             # Failed or cancelled on the way: what the hops have cached is not known any more.
             await self.close()

@@ -33,8 +33,8 @@ MEASUREMENT_AGE_S = 600.0
 """Older measurements of speed are forgotten: the node may have become another one."""
 OPENING_S = 1.0
 """So long after a plan the new session may be missing in what its nodes report."""
-SMOOTHING_S = 10.0
-"""Measurements of speed are averaged over about this long: loads come and go."""
+SMOOTHING_S = 60.0
+"""Measurements of speed are averaged over about this long, some sessions: loads come and go."""
 LONGER_TRIP_WEIGHT = 0.1
 """A longer round trip than usual mostly was one that had to wait somewhere."""
 
@@ -163,7 +163,8 @@ class KnownNodes:
             measured.round_trip_s = known_s + LONGER_TRIP_WEIGHT * (round_trip_s - known_s)
 
     def reported(self, peer: PeerId, others: float) -> None:
-        """By its own word, steps of a session meet ``others`` at this node."""
+        """It answered in time: by its own word, steps of a session meet ``others`` there."""
+        self._bans.answered(peer)
         self._of(peer).others = others
 
     def served(self, peer: PeerId, *, blocks: int, step_s: float) -> None:
@@ -177,7 +178,7 @@ class KnownNodes:
             measured.block_s, measured.block_others = block_s, measured.others
             measured.measurements = 1
         else:
-            # The plain mean of the first ones, later that of the last seconds.
+            # The plain mean of the first ones, later that of the last minute.
             measured.measurements += 1
             weight = max(1 / measured.measurements, min(1.0, since_s / SMOOTHING_S))
             measured.block_s += weight * (block_s - measured.block_s)

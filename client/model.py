@@ -18,7 +18,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from swarm.catalogue.checkpoint import Checkpoint, resolve_checkpoint
@@ -27,7 +34,7 @@ from swarm.client.cache import RemoteSession, SwarmCache
 from swarm.client.config import ClientSettings
 from swarm.client.ends import ModelEnds, read_generation_config, remote_blocks
 from swarm.client.remote_blocks import RemoteBlocks
-from swarm.protocol.errors import UsageError
+from swarm.protocol.errors import GenerationInterrupted, NoRouteError, UsageError
 
 
 class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -134,11 +141,24 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
 
     # --- transformers -----------------------------------------------------------------------------
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``generate``; the session on the nodes is freed when it ends, anyhow."""
-        if kwargs.get("past_key_values") is not None:
-            return super().generate(*args, **kwargs)
-        with self.new_cache() as cache:
-            return super().generate(*args, **kwargs | {"past_key_values": cache})
+        """transformers' ``generate``; the session on the nodes is freed when it ends, anyhow.
+
+        Raises GenerationInterrupted when blocks are lost and nobody else has them. Its
+        ``token_ids`` can be passed as ``input_ids`` to go on later; with a cache of your own
+        (``past_key_values``), what the nodes still have is not computed again.
+        """
+        seen = _SeenTokens()
+        criteria = StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or ()), seen])
+        kwargs["stopping_criteria"] = criteria
+        try:
+            if kwargs.get("past_key_values") is not None:
+                return super().generate(*args, **kwargs)
+            with self.new_cache() as cache:
+                return super().generate(*args, **kwargs | {"past_key_values": cache})
+        except NoRouteError as error:
+            if not seen.token_ids:
+                raise  # not a single token was generated
+            raise GenerationInterrupted(error, seen.token_ids) from error
 
     def _prepare_cache_for_generation(
         self,
@@ -216,6 +236,22 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
 
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.ends.head
+
+
+class _SeenTokens(StoppingCriteria):  # type: ignore[misc]
+    """Never stops anything; remembers the tokens so far, since ``generate`` calls it each time."""
+
+    def __init__(self) -> None:
+        self._latest: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self._latest = input_ids
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    @property
+    def token_ids(self) -> tuple[tuple[int, ...], ...]:
+        """Of each row, the prompt included; empty before the first new token."""
+        return () if self._latest is None else tuple(map(tuple, self._latest.tolist()))
 
 
 def left_padding_of(mask: torch.Tensor | None, rows: int, tokens: int) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import contextlib
 import gc
 import importlib
 import logging
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -32,6 +33,8 @@ from swarm.node.metrics import MetricsServer, NodeMetrics
 from swarm.node.neighbours import Neighbours
 from swarm.node.process import held_identity, leave_on_signals
 from swarm.node.reachability import follow_reachability
+from swarm.node.rebalancing import Rebalancer
+from swarm.node.relocation import Relocation, SeenNodes
 from swarm.node.service import NodeService, ServiceLimits
 from swarm.node.shifts import rested, shift
 from swarm.node.surroundings import Surroundings, remember_peers
@@ -163,6 +166,7 @@ class _Node:
                 announcer = await self._announcer(network, model, span)
                 async with _announcing(announcer, group):
                     engine = await self._unless_left(self._load(model, span))
+                    self._show_engine(model, engine)
                     stack.push_async_callback(engine.close)
                     service = await self._serve(network, model, engine)
                     stack.push_async_callback(service.close)
@@ -172,11 +176,16 @@ class _Node:
                     self._board.update(state="online", coverage=_with_own(replicas, span))
                     self._view.ready(self._board.snapshot())
                     around = self._surroundings(network, announcer)
+                    relocation = self._relocation(model, engine, service, announcer)
+                    stack.push_async_callback(relocation.close)
                     looking = group.create_task(around.run())
-                    refreshing = group.create_task(self._refresh(around, engine, announcer))
+                    refreshing = group.create_task(self._refresh(around, relocation, announcer))
+                    rebalancing = group.create_task(self._rebalance(around, relocation, announcer))
                     reaching = group.create_task(self._stay_reachable(network, announcer))
                     moving = group.create_task(service.leave_relays())
                     await self._leaving.wait()
+                    rebalancing.cancel()
+                    await asyncio.wait((rebalancing,))
                     await self._drain(announcer, service)
                     moving.cancel()
                     reaching.cancel()
@@ -247,16 +256,63 @@ class _Node:
         # What was imported and loaded stays: the collector need not look at it between two tokens.
         gc.collect()
         gc.freeze()
+        self._board.update(loading_fraction=None)
+        return engine
+
+    def _show_engine(self, model: OpenedModel, engine: SpanEngine) -> None:
+        """Tell the owner what is served now."""
         description = {key: str(value) for key, value in engine.describe().items()}
         self._board.engine = engine
-        self._board.update(loading_fraction=None, engine=_describe(description))
+        self._board.update(
+            first_block=engine.first_block,
+            end_block=engine.end_block,
+            engine=_describe(description),
+        )
         metrics = self._board.metrics
         metrics.describe_engine(
             {**description, "model": model.checkpoint.name, "software": software_version()}
         )
         metrics.watch_engine(engine)
         engine.observe_batches(lambda report: metrics.batch_computed(report.steps))
-        return engine
+
+    def _relocation(
+        self,
+        model: OpenedModel,
+        engine: SpanEngine,
+        service: NodeService,
+        announcer: Announcer,
+    ) -> Relocation[SpanEngine]:
+        def served(engine: SpanEngine) -> None:
+            self._show_engine(model, engine)
+            self._board.update(state="online")
+
+        return Relocation(
+            engine,
+            service,
+            announcer,
+            self._clock,
+            load=lambda span: self._load(model, span),
+            fits=lambda spans: _fit_together(model, self._settings, spans),
+            drain_timeout_s=self._settings.drain_timeout_s,
+            on_drain=lambda: self._board.update(state="moving"),
+            on_served=served,
+        )
+
+    async def _rebalance(
+        self, around: Surroundings, relocation: Relocation[SpanEngine], announcer: Announcer
+    ) -> None:
+        """Go where the swarm needs us more, unless the owner has chosen the blocks."""
+        if self._settings.blocks is not None:
+            return
+        await around.view.ready()
+        rebalancer = Rebalancer(
+            SeenNodes(around.view, announcer, self._clock),
+            relocation,
+            self._clock,
+            random.Random(),  # noqa: S311 (spreads decisions over time; no secret)
+            observer=lambda outcome: log.info("blocks: %s", outcome),
+        )
+        await rebalancer.run()
 
     async def _serve(
         self, network: HivemindNetwork, model: OpenedModel, engine: SpanEngine
@@ -324,12 +380,12 @@ class _Node:
         )
 
     async def _refresh(
-        self, around: Surroundings, engine: SpanEngine, announcer: Announcer
+        self, around: Surroundings, relocation: Relocation[SpanEngine], announcer: Announcer
     ) -> None:
         """Keep the announced load and the shown coverage young."""
         await around.view.ready()
         while True:
-            announcer.update(_with_load(announcer.record, engine))
+            announcer.update(_with_load(announcer.record, relocation.engine))
             covered = coverage(around.view.records(), announcer.record.number_of_blocks)
             self._board.update(coverage=tuple(covered))
             await asyncio.sleep(min(self._settings.announce_period_s / 2, COVERAGE_PERIOD_S))
@@ -381,6 +437,12 @@ def _load(
     return load_blocks(model, settings, span, progress)
 
 
+def _fit_together(model: OpenedModel, settings: NodeSettings, spans: list[BlockSpan]) -> bool:
+    from swarm.node.engine.hosting import fit_together
+
+    return fit_together(model, settings, spans)
+
+
 def _with_load(record: NodeRecord, engine: SpanEngine) -> NodeRecord:
     """The record with the engine's speed and load."""
     load = engine.load
@@ -389,7 +451,7 @@ def _with_load(record: NodeRecord, engine: SpanEngine) -> NodeRecord:
         decode_tokens_per_s=int(engine.decode_tokens_per_s),
         prefill_tokens_per_s=int(engine.prefill_tokens_per_s),
         cache_tokens_total=load.cache_tokens_total,
-        cache_tokens_free=load.cache_tokens_free if record.state is NodeState.ONLINE else 0,
+        cache_tokens_free=load.cache_tokens_free if record.takes_sessions else 0,
         queued_steps=load.queued_steps,
     )
 

@@ -27,6 +27,8 @@ from swarm.protocol.errors import NetworkError, SwarmError
 log = logging.getLogger(__name__)
 
 ANNOUNCE_TIMEOUT_S = 10.0
+USUAL_LOAD_S = 1.0
+"""For one block from the disk, as long as none was loaded for a move."""
 LOOK_PERIOD_S = 8.0
 """How often to see in what the view holds whether blocks are about to be lost."""
 
@@ -75,22 +77,21 @@ class Relocation(Generic[E]):
         clock: Clock,
         *,
         load: Callable[[BlockSpan], Awaitable[E]],
-        loaded_s: float,
         fits: Callable[[list[BlockSpan]], bool],
         drain_timeout_s: float,
-        on_drain: Callable[[float], None],
+        on_drain: Callable[[], None],
         on_served: Callable[[E], None],
     ) -> None:
-        """``loaded_s`` is what loading ``engine`` took; ``fits`` tells whether spans fit together.
+        """``fits`` tells whether spans may be in memory at the same time.
 
-        ``on_drain`` is told how long sessions have, ``on_served`` of each change of the engine.
+        ``on_drain`` is called when sessions are given away, ``on_served`` when that is over.
         """
         self.engine = engine
         self._service = service
         self._announcer = announcer
         self._clock = clock
         self._load = load
-        self._seconds_per_block = loaded_s / len(_span_of(engine))
+        self._seconds_per_block = USUAL_LOAD_S
         self._fits = fits
         self._drain_timeout_s = drain_timeout_s
         self._on_drain = on_drain
@@ -148,7 +149,7 @@ class Relocation(Generic[E]):
 
     async def drain(self) -> None:
         """Hand all sessions over; those that stay too long end, and are healed elsewhere."""
-        self._on_drain(self._drain_timeout_s)
+        self._on_drain()
         self._service.stop_accepting(self._drain_timeout_s)
         try:
             async with asyncio.timeout(self._drain_timeout_s):

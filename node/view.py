@@ -27,6 +27,7 @@ MAXIMUM_BAR_CELLS = 64
 STATE_STYLES = {
     "online": "bold green",
     "draining": "bold yellow",
+    "moving": "bold yellow",
     "resting": "dim",
     "stopped": "dim",
 }
@@ -37,7 +38,7 @@ class NodeStatus:
     """A snapshot of a node or a seed. A seed has no blocks: ``model`` is empty."""
 
     state: str = "starting"
-    """starting, loading, joining, online, draining, resting or stopped."""
+    """starting, loading, joining, online, moving, draining, resting or stopped."""
     peer_id: str = ""
     display_name: str = ""
     addresses: tuple[str, ...] = ()

@@ -14,6 +14,7 @@
     |-- NetworkError          nobody is to blame: the link or the peer is gone
     |   `-- PeerUnreachable       could not even be dialled
     `-- NoRouteError          the swarm cannot serve this now (which blocks, or when to retry)
+        `-- GenerationInterrupted  the same in mid-answer; has the tokens to go on from
 
 Only an :class:`ErrorCode`, a retry hint and a fixed text from :data:`ERROR_TEXTS` cross the wire.
 """
@@ -157,3 +158,19 @@ class NoRouteError(SwarmError):
         self.missing_blocks = missing_blocks
         self.retry_after_ms = retry_after_ms
         super().__init__(message)
+
+
+class GenerationInterrupted(NoRouteError):
+    """Blocks were lost in mid-answer and nobody else has them.
+
+    ``token_ids`` are those of each row up to here, the prompt's included: a session, this one or a
+    new one, can go on from them when nodes with these blocks are back.
+    """
+
+    def __init__(self, cause: NoRouteError, token_ids: tuple[tuple[int, ...], ...]) -> None:
+        self.token_ids = token_ids
+        super().__init__(
+            str(cause),
+            missing_blocks=cause.missing_blocks,
+            retry_after_ms=cause.retry_after_ms,
+        )

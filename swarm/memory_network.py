@@ -37,7 +37,7 @@ DIRECTORY_ANSWER_BYTES = 1200
 """An answer without entries: it names the 20 peers nearest to the key."""
 KEEPERS_ASKED = 3
 """Of the peers that keep a key, when one answer may be enough."""
-KEEPERS_KNOWN_S = 600.0
+KEEPERS_KNOWN_S = 1800.0
 """So long a peer remembers who keeps a key."""
 PACKET_BYTES = 64 * 1024
 """Streams are cut into packets of at most this size; a link sends them first come, first served."""

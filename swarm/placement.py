@@ -38,8 +38,10 @@ from swarm.block_vectors import BlockVectors, Counts, PlacedNode, Vector, with_n
 class PlacementSettings:
     """Weights and thresholds; the whole swarm should use the same ones."""
 
-    exponent: float = 2.0
-    """How much more the weakest block counts than others; higher ones move nodes more often."""
+    exponent: float = 3.0
+    """How much more the weakest block counts than others."""
+    scarce_exponent: float = 2.0
+    """The same where replicas are scarce: they matter more then, and nodes move less often."""
     throughput_floor: float = 0.02
     """Share of the mean that is added to every block's throughput."""
     wanted_replicas: float = 3.0
@@ -60,7 +62,7 @@ class PlacementSettings:
     safe_replicas: int = 2
     """Others that must go on serving a block that is left."""
     scarce_replicas: float = 3.0
-    """Below this mean of expected replicas hysteresis and safety are 1."""
+    """Below this mean of expected replicas they are scarce; hysteresis and safety are 1 then."""
     emergency_replicas: float = 1.5
     """A block with fewer: decide every ``emergency_interval_s``."""
     interval_s: float = 300.0
@@ -103,6 +105,7 @@ def gains(
     total = others.number_of_blocks
     share = node.speed / size
     mean = max((others.speed + node.speed) / total, 1e-9)
+    exponent = _exponent(others, node, size, settings)
     organisations = others.organisations()
     own = others.of_organisation.get(node.organisation)
     is_new = np.ones(total, dtype=np.int64) if own is None else (own == 0).astype(np.int64)
@@ -111,24 +114,42 @@ def gains(
         others.replicas + node.availability,
         organisations + is_new,
         mean,
+        exponent,
         settings,
-    ) - _value(others.throughput, others.replicas, organisations, mean, settings)
-    gained += _gained_in_country(others, node, size, settings)
+    ) - _value(others.throughput, others.replicas, organisations, mean, exponent, settings)
+    gained += _gained_in_country(others, node, size, exponent, settings)
     sums = np.concatenate(([0.0], np.cumsum(gained)))
     return np.asarray(sums[size:] - sums[:-size], dtype=np.float64)
 
 
+def _exponent(
+    others: BlockVectors, node: PlacedNode, size: int, settings: PlacementSettings
+) -> float:
+    replicas = float(others.replicas.sum()) + size * node.availability
+    scarce = replicas < settings.scarce_replicas * others.number_of_blocks
+    return settings.scarce_exponent if scarce else settings.exponent
+
+
 def _value(
-    throughput: Vector, replicas: Vector, organisations: Counts, mean: float, s: PlacementSettings
+    throughput: Vector,
+    replicas: Vector,
+    organisations: Counts,
+    mean: float,
+    exponent: float,
+    s: PlacementSettings,
 ) -> Vector:
-    weak = (mean / (throughput + s.throughput_floor * mean)) ** s.exponent
+    weak = (mean / (throughput + s.throughput_floor * mean)) ** exponent
     lonely = np.maximum(0.0, s.wanted_replicas - replicas) ** 2
     dependent = np.maximum(0, s.wanted_organisations - organisations) ** 2
     return np.asarray(-weak - s.replica_weight * lonely - s.organisation_weight * dependent)
 
 
 def _gained_in_country(
-    others: BlockVectors, node: PlacedNode, size: int, settings: PlacementSettings
+    others: BlockVectors,
+    node: PlacedNode,
+    size: int,
+    exponent: float,
+    settings: PlacementSettings,
 ) -> Vector:
     """The country's term, where country and swarm have nodes to spare."""
     total = others.number_of_blocks
@@ -146,9 +167,7 @@ def _gained_in_country(
     weight = settings.country_weight * speed / max(others.speed + node.speed, 1e-9)
 
     def weak(throughput: Vector) -> Vector:
-        return np.asarray(
-            (mean / (throughput + settings.throughput_floor * mean)) ** settings.exponent
-        )
+        return np.asarray((mean / (throughput + settings.throughput_floor * mean)) ** exponent)
 
     return np.asarray(weight * (weak(throughput) - weak(throughput + node.speed / size)))
 
@@ -177,7 +196,7 @@ def choose_span(
     size = min(size, others.number_of_blocks)
     gained = gains(others, node, size, settings)
     load_span_s = _sums(load_s, size)
-    first = int(np.argmax(gained * settings.patience_s / (settings.patience_s + load_span_s)))
+    first = _first_best(gained * settings.patience_s / (settings.patience_s + load_span_s))
     return SpanChoice(first, first + size, float(gained[first]))
 
 
@@ -255,7 +274,7 @@ def _best_option(
     worth = ((there - here) * patience_s - abs(here) * load_span_s) / (patience_s + load_span_s)
     if size == node.end_block - node.first_block:
         worth[node.first_block] = -np.inf
-    first = int(np.argmax(worth))
+    first = _first_best(worth)
     return float(worth[first]), SpanChoice(first, first + size, float(there[first]))
 
 
@@ -326,6 +345,14 @@ def _needed_share(others: BlockVectors, node: PlacedNode, settings: PlacementSet
     interval_s = decision_interval_s(with_node(others, node), settings)
     deciding = nodes * min(1.0, settings.view_age_s / interval_s)
     return min(1.0, max(too_slow, too_few) / deciding)
+
+
+def _first_best(values: Vector) -> int:
+    """The first of the largest values; what rounding adds makes none the largest."""
+    largest = float(values.max())
+    if not np.isfinite(largest):
+        return 0
+    return int(np.argmax(values >= largest - 1e-9 * abs(largest)))
 
 
 def _sums(values: Vector, size: int) -> Vector:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_address
-from itertools import accumulate, groupby
+from itertools import groupby
 from math import ceil
 from statistics import median
 
@@ -245,26 +245,3 @@ def _odds(
     room = record.cache_tokens_free / max(1, record.cache_tokens_total)
     idle = (1 - record.busy_permille / 1000) / (1 + record.queued_steps)
     return blocks**2 / hop_s * max(0.05, room) * max(0.05, idle)
-
-
-# --- where a new node goes -----------------------------------------------------------------------
-def weakest_span(
-    replicas_per_block: Sequence[int], number_of_blocks_to_host: int
-) -> tuple[int, int]:
-    """Where a joining node helps most: ``(first_block, end_block)``.
-
-    The stretch with most uncovered blocks, then the lowest total of replicas, then the first one.
-    """
-    total = len(replicas_per_block)
-    size = min(number_of_blocks_to_host, total)
-    if size < 1:
-        raise ValueError("a span has at least one block")
-    replicas = [0, *accumulate(replicas_per_block)]
-    empty = [0, *accumulate(int(count == 0) for count in replicas_per_block)]
-
-    def weakness(first: int) -> tuple[int, int]:
-        end = first + size
-        return empty[first] - empty[end], replicas[end] - replicas[first]
-
-    first_block = min(range(total - size + 1), key=weakness)
-    return first_block, first_block + size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,14 @@ import pytest
 from scripts.prepare_demo_model import demo_model_folder, is_prepared
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def peers_of_earlier_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Commands that tests run neither read nor write what their owner's commands remember."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SWARM_PEERS_FILE", str(tmp_path_factory.mktemp("client") / "peers"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -85,9 +85,7 @@ def choose_blocks(
             country=settings.country,
         )
         on_disk = loading_s(total, range(total), 0.0)
-        choice = choose_span(
-            block_vectors(others, total), node, max(1, wanted or fitting), on_disk
-        )
+        choice = choose_span(block_vectors(others, total), node, max(1, wanted or fitting), on_disk)
         span = BlockSpan(choice.first_block, choice.end_block)
     if not _fits(model, span):
         raise CapacityError(
@@ -100,6 +98,16 @@ def choose_blocks(
 
 def _fits(model: OpenedModel, span: BlockSpan) -> bool:
     return _needed_bytes(model, span) <= model.usable_bytes
+
+
+def fit_together(model: OpenedModel, settings: NodeSettings, spans: Sequence[BlockSpan]) -> bool:
+    """Whether the weights of several spans may be in memory at the same time.
+
+    Memory that the owner has bounded is all given to one span and its cache.
+    """
+    if settings.memory_bytes is not None and len(spans) > 1:
+        return False
+    return sum(_needed_bytes(model, span) for span in spans) <= model.usable_bytes
 
 
 def _needed_bytes(model: OpenedModel, span: BlockSpan) -> int:

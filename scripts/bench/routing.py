@@ -76,7 +76,7 @@ def usage(model: Path, links: Sequence[Link], *, clients: int, sessions: int) ->
                     *("--peer", swarm.peers[0], "--clients", str(clients)),
                     *("--sessions", str(sessions)),
                 ],
-                timeout_s=120.0,
+                timeout_s=300.0,
             )
             opened = [json.loads(line) for line in output.splitlines()]
             peers = [session["peer_id"] for session in opened]

@@ -339,7 +339,8 @@ class HivemindNetwork:
     async def _join(self) -> None:
         """Meet the initial peers, or else peers of an earlier run.
 
-        Raises NetworkError when there are initial peers and nobody at all answers.
+        Raises NetworkError when nobody at all answers, unless we may be the first ones: a peer that
+        keeps the directory and was given no initial peers.
         """
         failures: list[str] = []
         for peers in (self._settings.initial_peers, self._settings.fallback_peers):
@@ -361,7 +362,8 @@ class HivemindNetwork:
                 await self._node.find_nearest_nodes([self._node.node_id])
                 return
             failures += failed
-        if self._settings.initial_peers:
+        alone = self._settings.serve_directory and not self._settings.initial_peers
+        if failures and not alone:
             raise NetworkError("no initial peer answers: " + "; ".join(failures))
 
     async def _reach(self, address: str) -> float | str:

@@ -19,7 +19,7 @@ from swarm.protocol.identity import PeerId
 KEEPERS = 5
 """Peers that keep a key; hivemind's number of replicas."""
 KEEPERS_ASKED = 3
-KEEPERS_AGE_S = 600.0
+KEEPERS_AGE_S = 1800.0
 MAX_KEYS = 1024
 """Whose keepers are remembered."""
 

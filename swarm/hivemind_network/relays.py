@@ -34,8 +34,10 @@ RELAYS_WANTED = 3
 ADDRESSES_PER_RELAY = 2
 CHECK_PERIOD_S = 6.0
 RESERVE_TIMEOUT_S = 4.0
+FAILURE_COUNTS_S = 5.0
+"""A known relay that failed is not asked again for so long: the others first."""
 REFUSAL_COUNTS_S = 600.0
-"""A connected peer that does not relay is not asked again for so long."""
+"""Some other peer that does not relay is not asked again for so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,31 +123,21 @@ class RelayKeeper:
 
     async def _round(self) -> None:
         await self._try_all(list(self._held))
-        missing = RELAYS_WANTED - len(self._held)
-        # Those that failed longest ago come first, and all the others before them.
-        free = sorted(
-            (peer for peer in self._known if peer not in self._held),
-            key=lambda peer: self._failed_s.get(peer, 0.0),
-        )
-        await self._try_all(free[:missing])
+        known = [peer for peer in self._known if self._may_try(peer, FAILURE_COUNTS_S)]
+        await self._try_all(known[: RELAYS_WANTED - len(self._held)])
         missing = RELAYS_WANTED - len(self._held)
         if missing > 0:
-            await self._try_all((await self._other_candidates())[:missing])
+            connected = dict.fromkeys(
+                connection.peer
+                for connection in await list_connections(self._daemon())
+                if not connection.relayed and is_global(connection.address)
+            )
+            others = [peer for peer in connected if self._may_try(peer, REFUSAL_COUNTS_S)]
+            await self._try_all([peer for peer in others if peer not in self._known][:missing])
 
-    async def _other_candidates(self) -> list[PeerId]:
-        asked_after_s = time.monotonic() - REFUSAL_COUNTS_S
-        found = dict.fromkeys(
-            connection.peer
-            for connection in await list_connections(self._daemon())
-            if not connection.relayed and is_global(connection.address)
-        )
-        return [
-            peer
-            for peer in found
-            if peer not in self._held
-            and peer not in self._known
-            and self._failed_s.get(peer, -REFUSAL_COUNTS_S) < asked_after_s
-        ]
+    def _may_try(self, peer: PeerId, failure_counts_s: float) -> bool:
+        failed_s = self._failed_s.get(peer, -failure_counts_s)
+        return peer not in self._held and time.monotonic() - failed_s >= failure_counts_s
 
     async def _try_all(self, peers: Sequence[PeerId]) -> None:
         async with asyncio.TaskGroup() as group:

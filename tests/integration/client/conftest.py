@@ -28,7 +28,7 @@ from swarm.client.model import SwarmModelForCausalLM
 from swarm.client.remote_blocks import RemoteBlocks
 from swarm.compute.packed_linear import pack_linears
 from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
-from swarm.protocol.errors import NetworkError
+from swarm.protocol.errors import NetworkError, NoRouteError
 from swarm.protocol.identity import Identity
 from swarm.protocol.tensors import DType, WireTensor
 from swarm.routing import ChainPlan, Hop
@@ -46,6 +46,8 @@ class LocalChain:
         self.passes = 0
         self.closed = False
         self.fail_at_pass: int | None = None
+        self.lost_at_passes: set[int] = set()
+        """Passes at which blocks are lost for the moment: nothing counts, the next one works."""
         self._decoder = decoder
         self._cache = DynamicCache(config=decoder.config)
         self._cache.activate_past_recording()
@@ -63,6 +65,8 @@ class LocalChain:
         self.passes += 1
         if self.passes == self.fail_at_pass:
             raise NetworkError("a hop is gone")
+        if self.passes in self.lost_at_passes:
+            raise NoRouteError("blocks 1-2 are lost", missing_blocks=(1, 2))
         rows, tokens, hidden = activations.shape
         assert (rows, hidden) == (self.request.rows, self.request.hidden_size)
         assert position + tokens <= self.request.maximum_tokens
@@ -94,6 +98,7 @@ class LocalClient:
     decoder: Any
     chains: list[LocalChain] = field(default_factory=list)
     fail_at_pass: int | None = None
+    lost_at_passes: set[int] = field(default_factory=set)
     closed: bool = False
 
     async def open_chain(
@@ -113,6 +118,7 @@ class LocalClient:
         )
         chain = LocalChain(self.decoder, request, ChainPlan((hop,), expected_step_s=0.0))
         chain.fail_at_pass = self.fail_at_pass
+        chain.lost_at_passes = self.lost_at_passes
         self.chains.append(chain)
         return chain
 

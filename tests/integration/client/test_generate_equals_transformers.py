@@ -10,6 +10,8 @@ import torch
 from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from swarm.protocol.errors import GenerationInterrupted
+
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "mixtral")
 PROMPT = torch.tensor([[5, 17, 33, 9, 60, 41, 8, 77, 20, 31, 5]])
 BATCH = torch.tensor([[0, 0, 0, 5, 17, 33, 9], [11, 4, 50, 51, 52, 8, 90], [0, 7, 7, 3, 22, 31, 8]])
@@ -172,3 +174,24 @@ def test_inputs_embeds(make_swarm: Any) -> None:
     expected = swarm.whole.generate(inputs_embeds=embeds, max_new_tokens=12, do_sample=False)
     actual = swarm.model.generate(inputs_embeds=embeds, max_new_tokens=12, do_sample=False)
     assert actual.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("own_cache", [False, True])
+def test_an_interrupted_answer_goes_on_from_its_tokens(make_swarm: Any, own_cache: bool) -> None:
+    swarm = make_swarm()
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = swarm.whole.generate(PROMPT[:1], max_new_tokens=16, **options)
+    swarm.client.lost_at_passes = {5}
+    cache = swarm.model.new_cache(maximum_tokens=64)
+    if own_cache:
+        options["past_key_values"] = cache
+    with pytest.raises(GenerationInterrupted, match="blocks 1-2 are lost") as caught:
+        swarm.model.generate(PROMPT[:1], max_new_tokens=16, **options)
+    token_ids = torch.tensor(caught.value.token_ids)
+    assert token_ids.shape[1] == PROMPT.shape[1] + 4
+    swarm.client.lost_at_passes.clear()
+    left = expected.shape[1] - token_ids.shape[1]
+    rest = swarm.model.generate(token_ids, max_new_tokens=left, **options)
+    cache.close()
+    assert rest.tolist() == expected.tolist()
+    assert len(swarm.client.chains) == (1 if own_cache else 2)

@@ -25,7 +25,7 @@ from swarm.client.generate import (
     TextSession,
     stream_generate,
 )
-from swarm.protocol.errors import NetworkError, UsageError
+from swarm.protocol.errors import GenerationInterrupted, NetworkError, UsageError
 
 PROMPT = [5, 17, 33, 9, 60, 41, 8, 77, 20, 31, 5]
 CHAT_TEMPLATE = (
@@ -202,6 +202,55 @@ async def test_a_failing_hop_closes_the_session(make_local: Any) -> None:
     with pytest.raises(NetworkError, match="a hop is gone"):
         await collect(stream_generate(swarm.client, model, PROMPT))
     assert swarm.client.chains[0].closed
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("lost_at", [{1}, {2}, {7}, {3, 4, 9}])
+async def test_an_interrupted_answer_goes_on_where_it_stopped(
+    make_local: Any, temperature: float, lost_at: set[int]
+) -> None:
+    swarm, model = make_local()
+    settings = SamplingSettings(max_new_tokens=12, temperature=temperature, seed=3)
+    whole = await result_of(stream_generate(swarm.client, model, PROMPT, settings))
+    swarm.client.lost_at_passes = lost_at
+    pieces: list[TextPiece] = []
+    async with TextSession(swarm.client, model, maximum_tokens=64) as session:
+        stream = session.stream(PROMPT, settings)
+        for _ in lost_at:
+            with pytest.raises(GenerationInterrupted) as caught:
+                async for piece in stream:
+                    pieces.append(piece)  # noqa: PERF401  (those before the error count)
+            assert caught.value.missing_blocks == (1, 2)
+            seen = [token for piece in pieces for token in piece.token_ids]
+            assert caught.value.token_ids == ((*PROMPT, *seen),)
+            stream = session.resume()
+        pieces += await collect(stream)
+        with pytest.raises(UsageError, match="no answer"):
+            await collect(session.resume())
+    result = pieces[-1].result
+    assert result is not None
+    assert result.token_ids == whole.token_ids
+    assert [token for piece in pieces for token in piece.token_ids] == list(whole.token_ids)
+    assert "".join(piece.text for piece in pieces) == whole.text == result.text
+    assert len(swarm.client.chains) == 2
+
+
+async def test_an_interrupted_answer_goes_on_in_another_session(make_local: Any) -> None:
+    swarm, model = make_local()
+    swarm.client.lost_at_passes = {6}
+    with pytest.raises(GenerationInterrupted) as caught:
+        await collect(
+            stream_generate(swarm.client, model, PROMPT, SamplingSettings(max_new_tokens=12))
+        )
+    assert swarm.client.chains[0].closed
+    swarm.client.lost_at_passes = set()
+    (token_ids,) = caught.value.token_ids
+    left = SamplingSettings(max_new_tokens=12 - (len(token_ids) - len(PROMPT)))
+    rest = await result_of(stream_generate(swarm.client, model, token_ids, left))
+    assert [*token_ids, *rest.token_ids] == [
+        *PROMPT,
+        *expected_tokens(swarm, PROMPT, max_new_tokens=12),
+    ]
 
 
 async def test_turns_send_only_what_is_new(make_local: Any) -> None:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from swarm.block_vectors import PlacedNode
 from swarm.catalogue.checkpoint import Checkpoint
 from swarm.node.config import BlockSpan, NodeSettings
 from swarm.node.engine.hosting import MINIMUM_CACHE_BYTES, OpenedModel, choose_blocks, load_blocks
 from swarm.protocol.errors import CapacityError, ConfigError
+from swarm.protocol.identity import PeerId
 from swarm.protocol.tensors import DType
 
 BLOCKS = 4
@@ -39,7 +41,7 @@ def bytes_for(checkpoint: Checkpoint, blocks: int) -> int:
 
 def test_everything_where_it_fits(checkpoint: Checkpoint) -> None:
     model = opened(checkpoint, 2**40)
-    span = choose_blocks(model, NodeSettings(model="m"), [0] * BLOCKS)
+    span = choose_blocks(model, NodeSettings(model="m"), [])
     assert span == BlockSpan(0, BLOCKS)
     assert model.wire_dtype is DType.FLOAT32
 
@@ -49,18 +51,19 @@ def test_as_many_blocks_as_fit_beside_the_smallest_cache(
     checkpoint: Checkpoint, blocks: int
 ) -> None:
     model = opened(checkpoint, bytes_for(checkpoint, blocks))
-    assert len(choose_blocks(model, NodeSettings(model="m"), [0] * BLOCKS)) == blocks
+    assert len(choose_blocks(model, NodeSettings(model="m"), [])) == blocks
     with pytest.raises(CapacityError, match="fewer blocks"):
         choose_blocks(
             opened(checkpoint, bytes_for(checkpoint, blocks) - 1),
             NodeSettings(model="m", blocks=BlockSpan(0, blocks)),
-            [0] * BLOCKS,
+            [],
         )
 
 
 def test_where_the_swarm_is_weakest(checkpoint: Checkpoint) -> None:
     settings = NodeSettings(model="m", number_of_blocks=2)
-    assert choose_blocks(opened(checkpoint, 2**40), settings, [2, 1, 0, 0]) == BlockSpan(2, 4)
+    others = [PlacedNode(PeerId("a"), 0, 2, 100.0), PlacedNode(PeerId("b"), 0, 1, 100.0)]
+    assert choose_blocks(opened(checkpoint, 2**40), settings, others) == BlockSpan(2, 4)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,7 @@ def test_where_the_swarm_is_weakest(checkpoint: Checkpoint) -> None:
 )
 def test_blocks_that_the_model_has_not(checkpoint: Checkpoint, settings: NodeSettings) -> None:
     with pytest.raises(ConfigError, match=str(BLOCKS)):
-        choose_blocks(opened(checkpoint, 2**40), settings, [0] * BLOCKS)
+        choose_blocks(opened(checkpoint, 2**40), settings, [])
 
 
 async def test_the_memory_that_was_allowed_bounds_the_cache(checkpoint: Checkpoint) -> None:

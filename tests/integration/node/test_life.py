@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from swarm.catalogue.checkpoint import Checkpoint
 from swarm.hivemind_network import HivemindNetwork, NetworkSettings
 from swarm.membership import read_nodes
+from swarm.node.control import running_node
+from swarm.node.view import NodeStatus
 from swarm.protocol.identity import Identity
 from swarm.protocol.records import NodeRecord, NodeState
 from swarm.virtual_time import LoopClock
@@ -129,6 +132,24 @@ async def announced(seed: Running, checkpoint: Path, tmp_path: Path) -> dict[str
     return {record.display_name: record for record in records}
 
 
+async def test_a_restarted_node_finds_the_swarm_without_peers(
+    start: Start, checkpoint: Path, tmp_path: Path
+) -> None:
+    arguments = (str(checkpoint), "--num-blocks", "2", "--organisation", "UoN", "--country", "KE")
+    first = start("join", "first", *arguments)
+    second = start("join", "second", *arguments, "--peers", first.address)
+    peers_file = tmp_path / "second.peers"
+    while not (peers_file.exists() and first.first_event["peer_id"] in peers_file.read_text()):
+        await asyncio.sleep(0.1)
+    before = (await announced(first, checkpoint, tmp_path))["second"]
+    second.process.kill()
+    second.process.wait()
+    start("join", "second", *arguments)
+    after = (await announced(first, checkpoint, tmp_path))["second"]
+    assert after.started_unix_s > before.started_unix_s
+    assert (after.organisation, after.country) == ("UoN", "KE")
+
+
 async def test_nodes_fill_the_gaps_serve_metrics_and_leave_on_ctrl_c(
     start: Start, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -185,6 +206,34 @@ async def test_the_owner_asks_a_node_for_its_status_and_lets_it_drain(
     records = await announced(seed, checkpoint, tmp_path)
     assert records["node"].state is NodeState.DRAINING
     assert not (tmp_path / "node.key.control").exists()
+
+
+async def test_a_node_moves_to_blocks_that_nobody_has_any_more(
+    start: Start, checkpoint: Path, tmp_path: Path
+) -> None:
+    seed = start("seed", "seed")
+    arguments = (str(checkpoint), "--peers", seed.address)
+    start("join", "stays", *arguments, "--blocks", "0:2")
+    leaves = start("join", "leaves", *arguments, "--blocks", "2:4")
+    moves = start("join", "moves", *arguments, "--num-blocks", "2")
+    assert moves.first_event["first_block"] == 0
+    os.killpg(leaves.process.pid, signal.SIGINT)
+    await asyncio.to_thread(leaves.ended)
+
+    def wait_until_moved() -> NodeStatus:
+        with running_node(tmp_path / "moves.key") as node:
+            while (status := node.ask("status")) is not None:
+                if (status.first_block, status.state) == (2, "online"):
+                    return status
+                time.sleep(0.2)
+        raise AssertionError("the node has ended")
+
+    status = await asyncio.to_thread(wait_until_moved)
+    assert status.end_block == 4
+    record = (await announced(seed, checkpoint, tmp_path))["moves"]
+    while record.state is not NodeState.ONLINE:
+        record = (await announced(seed, checkpoint, tmp_path))["moves"]
+    assert (record.first_block, record.end_block) == (2, 4)
 
 
 def test_a_node_rests_outside_of_its_hours(checkpoint: Path, tmp_path: Path) -> None:

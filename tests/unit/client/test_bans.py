@@ -55,6 +55,18 @@ def test_one_success_clears_all() -> None:
     assert failures.reason(ONE, 100.0 + SHORTEST_S) is None
 
 
+def test_an_answer_clears_silence_only() -> None:
+    failures = Bans()
+    for kind in (FailureKind.SILENT, FailureKind.UNREACHABLE):
+        failures.failed(ONE, kind, 0.0)
+    failures.answered(ONE)
+    assert failures.reason(ONE, 0.0) is None
+    failures.failed(ONE, FailureKind.SILENT, 1.0)
+    failures.failed(ONE, FailureKind.BROKEN, 1.0)
+    failures.answered(ONE)
+    assert failures.reason(ONE, 1.0) is FailureKind.BROKEN
+
+
 def test_old_failures_are_forgotten() -> None:
     failures = Bans()
     ban_lengths(failures, FailureKind.BROKEN, 4)  # the last ban ends after 75 s

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,11 @@ def test_help(command: list[str]) -> None:
     if command:
         assert "Examples" in result.output
         assert "--json" in result.output
+
+
+@pytest.fixture(autouse=True)
+def no_peers_of_earlier_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SWARM_PEERS_FILE", str(tmp_path / "peers"))
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -33,6 +33,16 @@ def test_flags_that_are_not_given_count_for_nothing() -> None:
     assert settings.identity_path == Path("~/key").expanduser()
 
 
+def test_nodes_that_were_met_stand_in_for_missing_peers(tmp_path: Path) -> None:
+    file = tmp_path / "peers"
+    environment = {"SWARM_PEERS_FILE": str(file)}
+    with pytest.raises(ConfigError, match="no peers"):
+        load_settings({}, environment=environment)
+    file.write_text(f"{PEER}\n")
+    settings = load_settings({}, environment=environment)
+    assert (settings.peers, settings.peers_file) == ((), file)
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

@@ -61,7 +61,7 @@ def test_devices_and_dtypes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 40])
 def test_packed_linears_compute_the_same(dtype: torch.dtype, rows: int) -> None:
     assert packing_is_available()
     torch.manual_seed(0)
@@ -72,7 +72,27 @@ def test_packed_linears_compute_the_same(dtype: torch.dtype, rows: int) -> None:
         packed = pack_linear(*layers)
         assert isinstance(packed, PackedLinear)
         torch.testing.assert_close(packed(hidden), expected)
+        packed.pack(keep_plain=True)
+        torch.testing.assert_close(packed(hidden), expected)
+        packed.pack()
+        assert packed.is_packed
+        torch.testing.assert_close(packed(hidden), expected)
+        packed.unpack()
+        assert packed.is_packed is (dtype == torch.bfloat16)
+        assert packed(hidden).is_contiguous()
+        torch.testing.assert_close(packed(hidden), expected)
     assert all(layer.weight.is_meta for layer in layers)  # the originals are freed
+
+
+def test_a_plain_weight_shares_its_memory_and_odd_sizes_are_packed() -> None:
+    weight = torch.randn(32, 8)
+    layer = PackedLinear(weight, None)
+    assert not layer.is_packed
+    hidden = torch.randn(1, 1, 8)
+    before = layer(hidden)
+    weight.mul_(2)
+    torch.testing.assert_close(layer(hidden), 2 * before)
+    assert PackedLinear(torch.randn(33, 8), None).is_packed
 
 
 def test_packing_a_module() -> None:

@@ -163,6 +163,14 @@ def test_the_gain_is_the_difference_of_the_potential(seed: int) -> None:
     assert np.diff(everywhere) == pytest.approx(np.diff(here), rel=1e-6, abs=1e-6)
 
 
+def test_three_nodes_after_each_other_cover_everything() -> None:
+    swarm: list[PlacedNode] = []
+    for expected in [(0, 10), (10, 20), (20, 30)]:
+        choice = choose_span(block_vectors(swarm, 30), node("me", 0, 10), 10, nothing_loads(30))
+        assert (choice.first_block, choice.end_block) == expected
+        swarm.append(node(len(swarm), *expected))
+
+
 def test_uncovered_blocks_come_first() -> None:
     swarm = [node(1, 0, 10, 1.0), *(node(i, 12, 30, 9999.0) for i in range(2, 5))]
     choice = choose_span(block_vectors(swarm, 30), node("me", 0, 4), 4, nothing_loads(30))

@@ -41,7 +41,6 @@ from swarm.routing import (
     obstacle,
     sample_nodes,
     uncovered,
-    weakest_span,
 )
 
 MakeRecord = Callable[..., NodeRecord]
@@ -364,30 +363,6 @@ def test_free_and_near_nodes_are_drawn_more_often(make_record: MakeRecord) -> No
     assert drawn["usual"] > 3 * drawn["far"]
     assert drawn["usual"] > 100
     assert drawn["other blocks"] == 0
-
-
-# --- placement -----------------------------------------------------------------------------------
-def test_three_nodes_after_each_other_cover_everything() -> None:
-    replicas = [0] * 30
-    for expected in [(0, 10), (10, 20), (20, 30)]:
-        first, end = weakest_span(replicas, 10)
-        assert (first, end) == expected
-        replicas[first:end] = [count + 1 for count in replicas[first:end]]
-
-
-def test_uncovered_blocks_come_before_weak_ones() -> None:
-    assert weakest_span([1, 1, 1, 9, 0, 9], 2) == (3, 5)
-
-
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(1, 15))
-def test_the_weakest_span_is_the_weakest(replicas: list[int], size: int) -> None:
-    first, end = weakest_span(replicas, size)
-    assert end - first == min(size, len(replicas))
-    windows = [replicas[at : at + end - first] for at in range(len(replicas) - (end - first) + 1)]
-    assert min((-window.count(0), sum(window)) for window in windows) == (
-        -replicas[first:end].count(0),
-        sum(replicas[first:end]),
-    )
 
 
 def test_block_ranges() -> None:
