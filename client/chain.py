@@ -166,6 +166,7 @@ class Chain:
         """Done while the chain is whole; its exception says why it could not be healed."""
         self._trouble = asyncio.Event()
         self._broken_joints: set[Link] = set()
+        self._accusers: set[PeerId] = set()
         self._goodbyes = asyncio.Semaphore(0)
         self._closing = asyncio.Event()
         self._ended = asyncio.Event()
@@ -558,7 +559,8 @@ class Chain:
             case StepResult() if self._hops.ends_with(link):
                 self._take_result(message)
             case Pong():
-                pass
+                if link.round_trip_s:
+                    self._planner.measured_round_trip(link.peer_id, link.round_trip_s)
             case Ping():
                 await link.connection.send(Pong(nonce=message.nonce))
             case Error():
@@ -583,6 +585,12 @@ class Chain:
                     self._mend(link)
             case ErrorCode.NOT_NAMED_BY_SESSION:
                 log.debug("%s refused a probe", link.peer_id)
+            case ErrorCode.INPUT_NOT_FINITE if before is not None and self._believes(link):
+                # The hop before is to blame; the session on this one has ended with it.
+                self._hops.lose(before, HopFailed(before.hop, error))
+                victim = HopFailed(link.hop, NetworkError("got no numbers"))
+                victim.is_counted = True
+                self._hops.lose(link, victim)
             case ErrorCode.STALE_STEP if self._session.is_answered(message.step):
                 pass
             case ErrorCode.GAP | ErrorCode.STALE_STEP | ErrorCode.TOO_MANY_STEPS if (
@@ -592,6 +600,12 @@ class Chain:
                 self._mend(link)
             case _:
                 raise error
+
+    def _believes(self, link: Link) -> bool:
+        """One accusation of the hop before is believed; who goes on accusing is it himself."""
+        believed = link.peer_id not in self._accusers
+        self._accusers.add(link.peer_id)
+        return believed
 
     def _mend_after(self, link: Link) -> None:
         links = self._hops.links

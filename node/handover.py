@@ -32,7 +32,7 @@ from swarm.protocol.messages import (
     TakenOver,
     TakeOver,
 )
-from swarm.protocol.session import HopSession, SessionTerms
+from swarm.protocol.session import HopSession
 from swarm.protocol.tensors import ITEM_BYTES
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class ChunkDigest:
 class SessionState:
     """What of a session is moved, on either side."""
 
-    terms: SessionTerms
+    session: HopSession
     engine: Engine
     cache: SessionCache
     journal: Journal
@@ -144,9 +144,8 @@ class StateSender:
 
     async def _send_journal(self, end: int) -> None:
         state = self._state
-        position_bytes = (
-            state.terms.rows * state.terms.hidden_size * ITEM_BYTES[state.terms.wire_dtype]
-        )
+        terms = state.session.terms
+        position_bytes = terms.rows * terms.hidden_size * ITEM_BYTES[terms.wire_dtype]
         per_chunk = max(1, JOURNAL_CHUNK_BYTES // position_bytes)
         while (first := self._moved_journal) < min(end, state.journal.length):
             last = min(first + per_chunk, end, state.journal.length)
@@ -162,9 +161,8 @@ class StateSender:
 class Mover:
     """Moves one session as its client asks: to one replacement, or to another if that fails."""
 
-    def __init__(self, state: SessionState, session: HopSession) -> None:
+    def __init__(self, state: SessionState) -> None:
         self._state = state
-        self._session = session
         self._one_round = asyncio.Lock()
         self._target: tuple[str, bytes] | None = None
         self._connection: Connection | None = None
@@ -179,10 +177,10 @@ class Mover:
         """One round; failures come back as the answer's code."""
         async with self._one_round:
             try:
-                if message.final and self._session.steps_in_flight:
+                if message.final and self._state.session.steps_in_flight:
                     raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "steps are in flight")
                 sender = await self._sender_to(message, dial)
-                next_step = self._session.received_step + 1
+                next_step = self._state.session.received_step + 1
                 moved = await sender.send_round(next_step, final=bool(message.final))
                 return HandedOver(length=moved.length, digest=moved.digest)
             except (ProtocolError, RemoteError) as error:
@@ -211,17 +209,16 @@ class Mover:
             self._connection = None
 
 
-async def receive_state(
-    connection: Connection, state: SessionState, begin: Callable[[TakenOver], None]
-) -> TakenOver:
-    """The replacement's side: take everything up to the final round.
+async def receive_state(connection: Connection, state: SessionState) -> TakenOver:
+    """The replacement's side: take everything up to the final round, and go on from there.
 
-    Then the cache continues at the moved length; ``begin`` is told length and next step, and
-    raises ProtocolError if the session does not allow them. Returns what the client is to be told.
+    Returns what the client is to be told. Raises ProtocolError for what does not fit, and once the
+    session has begun without it.
     """
     digest = ChunkDigest()
     while True:
         message = await connection.receive()
+        state.session.require_new()
         match message:
             case CacheChunk():
                 await state.engine.import_region(state.cache, _region(message), message.content)
@@ -236,7 +233,7 @@ async def receive_state(
                     length=message.length, next_step=message.next_step, digest=digest.digest()
                 )
                 if message.final:
-                    await _finish(state, message, begin)
+                    await _finish(state, message)
                 await connection.send(answer)
                 if message.final:
                     return answer
@@ -252,7 +249,7 @@ def _region(chunk: CacheChunk) -> CacheRegion:
 
 
 def _take_journal(state: SessionState, chunk: JournalChunk) -> None:
-    terms, tensor = state.terms, chunk.activations
+    terms, tensor = state.session.terms, chunk.activations
     rows, tokens, hidden_size = tensor.shape
     if (rows, hidden_size, tensor.dtype) != (terms.rows, terms.hidden_size, terms.wire_dtype):
         raise ProtocolError(ErrorCode.BAD_TENSOR, "a journal")
@@ -263,12 +260,10 @@ def _take_journal(state: SessionState, chunk: JournalChunk) -> None:
     state.journal.append(chunk.position, tensor)
 
 
-async def _finish(
-    state: SessionState, message: TakenOver, begin: Callable[[TakenOver], None]
-) -> None:
-    padding = message.left_padding or (0,) * state.terms.rows
+async def _finish(state: SessionState, message: TakenOver) -> None:
+    padding = message.left_padding or (0,) * state.session.terms.rows
+    state.session.take_over(message.length, message.next_step)
     await state.engine.import_state(state.cache, CacheState(message.length, padding))
-    begin(message)
     state.journal.cut(message.length)
     if state.journal.length < message.length:
         state.journal.drop()  # the leaving node had none: say so to who asks for it

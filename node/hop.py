@@ -47,7 +47,6 @@ from swarm.protocol.messages import (
     SetRoute,
     Step,
     StepResult,
-    TakenOver,
 )
 from swarm.protocol.session import HopSession, SessionTerms, Verdict
 from swarm.protocol.tensors import WireTensor
@@ -143,8 +142,8 @@ class Hop:
             dtype=terms.wire_dtype,
             budget=journal_budget,
         )
-        self._moved_state = SessionState(terms, engine, cache, self._journal)
-        self._mover = Mover(self._moved_state, self._state)
+        self._moved_state = SessionState(self._state, engine, cache, self._journal)
+        self._mover = Mover(self._moved_state)
         self._state_from = state_from
         self._inbox: asyncio.Queue[_Accepted | _Again | Replay] = asyncio.Queue(
             2 * terms.maximum_steps_in_flight + REPLAYS_WAITING
@@ -313,15 +312,12 @@ class Hop:
         self._state_from = None  # one stream only
         self._upstreams[leaving] = -1
         try:
-            answer = await receive_state(leaving, self._moved_state, self._begin)
+            answer = await receive_state(leaving, self._moved_state)
         finally:
             self._upstreams.pop(leaving, None)
+        self._last_step_s = self._clock.monotonic_s()
         with contextlib.suppress(NetworkError):
             await self._control.send(answer)
-
-    def _begin(self, moved: TakenOver) -> None:
-        self._state.take_over(moved.length, moved.next_step)
-        self._last_step_s = self._clock.monotonic_s()
 
     # --- the route
     def check_route(self, message: SetRoute) -> None:

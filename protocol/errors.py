@@ -56,6 +56,7 @@ class ErrorCode(IntEnum):
     TOO_MANY_STEPS = 27
     NEXT_HOP_UNKNOWN = 28
     JOURNAL_GONE = 29
+    INPUT_NOT_FINITE = 30
 
 
 ERROR_TEXTS: dict[ErrorCode, str] = {
@@ -88,6 +89,7 @@ ERROR_TEXTS: dict[ErrorCode, str] = {
     ErrorCode.TOO_MANY_STEPS: "too many steps in flight",
     ErrorCode.NEXT_HOP_UNKNOWN: "the directory knows no such host of this model",
     ErrorCode.JOURNAL_GONE: "this hop no longer has what it sent on",
+    ErrorCode.INPUT_NOT_FINITE: "activations that arrived are not finite or too large",
 }
 
 

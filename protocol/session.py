@@ -144,10 +144,14 @@ class HopSession:
         self._length = replay.position + replay.activations.shape[1]
         self._rows_as_of_step = max(self._rows_as_of_step, replay.rows_as_of_step)
 
-    def take_over(self, length: int, next_step: int) -> None:
-        """Go on where another hop was. Raises ProtocolError, and then the state is unchanged."""
+    def require_new(self) -> None:
+        """Raise ProtocolError once anything was accepted."""
         if self._length or self._in_flight or self._computed_step:
             raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "the session has begun already")
+
+    def take_over(self, length: int, next_step: int) -> None:
+        """Go on where another hop was. Raises ProtocolError, and then the state is unchanged."""
+        self.require_new()
         if not next_step >= 1 or not 0 <= length <= self.terms.maximum_tokens:
             raise ProtocolError(ErrorCode.BAD_FIELD, f"length {length}, step {next_step}")
         self._next_step = next_step

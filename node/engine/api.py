@@ -119,8 +119,8 @@ class Engine(Protocol):
         """Run one step, batched with those of other sessions.
 
         Steps of one cache run in the order of the calls. Cancelling is safe before the step has
-        started and otherwise waits for it. Raises ProtocolError(NOT_FINITE) when activations, in or
-        out, are not finite or beyond the model's limit.
+        started and otherwise waits for it. Raises ProtocolError when activations are not finite or
+        beyond the model's limit: INPUT_NOT_FINITE for those that came, NOT_FINITE for the result.
         """
 
     def pieces(

@@ -388,7 +388,7 @@ def _prepare(span: Span, cache: SpanCache, step: StepInput) -> torch.Tensor:
         )
     hidden = tensor_from_wire(step.activations).view(rows * tokens, hidden_size)
     if not check_magnitude(hidden):
-        raise ProtocolError(ErrorCode.NOT_FINITE, "input")
+        raise ProtocolError(ErrorCode.INPUT_NOT_FINITE)
     cache.length = step.position
     if step.row_order:
         cache.reorder(step.row_order)
@@ -401,6 +401,6 @@ def _finish(cache: SpanCache, step: StepInput, output: torch.Tensor) -> WireTens
     wanted = output.view(rows, tokens, hidden_size)[:, tokens - step.output_tokens :]
     limits = [_FLOAT16_MAXIMUM] if TORCH_DTYPES[cache.request.wire_dtype] == torch.float16 else []
     if not check_magnitude(wanted, *limits):
-        return ProtocolError(ErrorCode.NOT_FINITE, "output")
+        return ProtocolError(ErrorCode.NOT_FINITE)
     cache.length = step.position + tokens
     return tensor_to_wire(wanted, cache.request.wire_dtype)

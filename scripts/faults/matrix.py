@@ -187,7 +187,7 @@ class Matrix:
     async def prefill_s(self, task: Task) -> dict[int, float]:
         """Compute time of the prompt of ``task`` in each stage, undisturbed: the median of 3."""
         measured: dict[int, list[float]] = {stage: [] for stage in range(self._arena.stages)}
-        short = Task(task.prompt, task.answer[:1])
+        short = task.variant(1)
         for _ in range(3):
             before = await self._compute_seconds()
             await self._watched.run(short)
@@ -349,10 +349,10 @@ def run_matrix(plan: MatrixPlan, console: Console) -> bool:
     background = BackgroundLoop("chaos")
     started: list[Matrix] = []
     with console.status("what the model says undisturbed"):
-        (plain,) = make_tasks(plan.model, [PROMPT_TOKENS], NEW_TOKENS)
-        (looked_up,) = make_tasks(plan.model, [PROMPT_TOKENS], SPECULATED_TOKENS, speculative=True)
-        (long,) = make_tasks(plan.model, [LONG_PROMPT_TOKENS], NEW_TOKENS)
         (patient,) = make_tasks(plan.model, [PROMPT_TOKENS], PATIENT_TOKENS)
+        (long,) = make_tasks(plan.model, [LONG_PROMPT_TOKENS], NEW_TOKENS)
+        plain = patient.variant(NEW_TOKENS)
+        looked_up = patient.variant(SPECULATED_TOKENS, speculative=True)
         watched = Watched(plan.model, background, lambda event: started[0].hear(event))
     outcomes: list[Outcome] = []
     problems: list[str] = []

@@ -55,6 +55,10 @@ class Task:
     speculative: bool = False
     """Through transformers' ``generate`` with prompt lookup: steps of several tokens, rollbacks."""
 
+    def variant(self, new_tokens: int, *, speculative: bool = False) -> Task:
+        """The same question for a shorter answer, or by another way to the same answer."""
+        return Task(self.prompt, self.answer[:new_tokens], speculative)
+
 
 @dataclass(slots=True, eq=False)
 class Session:
@@ -104,9 +108,7 @@ class Session:
         return statistics.median(gaps) if gaps else 0.0
 
 
-def make_tasks(
-    model: Path, lengths: Sequence[int], new_tokens: int, *, speculative: bool = False
-) -> list[Task]:
+def make_tasks(model: Path, lengths: Sequence[int], new_tokens: int) -> list[Task]:
     """Prompts of so many tokens with the answers of ``transformers.generate`` in this process."""
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -125,7 +127,7 @@ def make_tasks(
                 max_new_tokens=new_tokens,
             )
         answer = tuple(output[0, length:].tolist())
-        tasks.append(Task(tuple(prompt), answer, speculative))
+        tasks.append(Task(tuple(prompt), answer))
     return tasks
 
 

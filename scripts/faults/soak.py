@@ -288,7 +288,7 @@ def run_soak(plan: SoakPlan, console: Console) -> bool:
     background = BackgroundLoop("chaos")
     with console.status("what the model says undisturbed"):
         tasks = make_tasks(plan.model, PROMPT_LENGTHS, NEW_TOKENS)
-        tasks += make_tasks(plan.model, (48, 160), NEW_TOKENS, speculative=True)
+        tasks += [task.variant(NEW_TOKENS, speculative=True) for task in tasks[2:4]]
         watched = Watched(plan.model, background, _nobody)
     soaks: list[Soak] = []
 

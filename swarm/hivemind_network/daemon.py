@@ -66,7 +66,8 @@ async def start_daemon(
 ) -> P2P:
     """Raises NetworkError when it does not start."""
     started: list[P2P] = []
-    relay_limits = [f"-{name}={value}" for name, value in RELAY_LIMITS.items()]
+    relay = {"relayService": int(settings.relay_for_others), **RELAY_LIMITS}
+    relay_flags = [f"-{name}={value}" for name, value in relay.items()]
     reachability = "public" if settings.relay_for_others else "private" if behind_router else None
 
     class Daemon(P2P):  # type: ignore[misc]
@@ -80,7 +81,7 @@ async def start_daemon(
         @staticmethod
         def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
             command: list[str] = P2P._make_process_args(*arguments, **options)  # noqa: SLF001
-            return [sys.executable, "-I", "-S", "-c", OWN_SESSION, *command, *relay_limits]
+            return [sys.executable, "-I", "-S", "-c", OWN_SESSION, *command, *relay_flags]
 
     try:
         return await Daemon.create(

@@ -239,7 +239,6 @@ def test_two_nodes_and_a_user_behind_routers(lab: Lab, checkpoint: Path, tmp_pat
 
     def is_replaced() -> bool:
         nodes = user.ask("nodes")
-        print(time.monotonic(), {n: relays_of(a) for n, a in nodes.items()})
         return [relays_of(addresses) for addresses in nodes.values()] == [living] * 2
 
     wait_until(is_replaced, 30)

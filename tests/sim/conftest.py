@@ -162,7 +162,9 @@ class ToyEngine:
             for row in range(rows)
         )
         return StepOutput(
-            WireTensor(DType.FLOAT32, (rows, step.output_tokens, hidden), kept), 10, 20
+            WireTensor(DType.FLOAT32, (rows, step.output_tokens, hidden), kept),
+            10,
+            round(self.step_s * 1e6),
         )
 
     def pieces(
@@ -199,7 +201,8 @@ class ToyEngine:
     async def import_state(self, cache: SessionCache, state: CacheState) -> None:
         assert isinstance(cache, ToyCache)
         cache.blocks.cut(state.length)
-        assert cache.blocks.length == state.length
+        if cache.blocks.length != state.length:
+            raise ProtocolError(ErrorCode.BAD_POSITION, f"{cache.blocks.length} were imported")
 
     async def close(self) -> None:
         return None
@@ -280,7 +283,8 @@ class ToyPlanner:
                     break
             else:
                 raise NoRouteError(f"block {start} is served by nobody", missing_blocks=(start,))
-        return ChainPlan(tuple(hops), 0.0)
+        step_s = sum(self._swarm.node_of(hop.peer_id).engine.step_s for hop in hops)
+        return ChainPlan(tuple(hops), step_s)
 
     def _is_failed(self, failed: set[PeerId]) -> Callable[[int], bool]:
         return lambda index: self._swarm.nodes[index].peer.peer_id in failed
@@ -340,6 +344,9 @@ class ToySwarm:
     async def start(self) -> None:
         for node in self.nodes:
             await node.service.start()
+
+    def node_of(self, peer: PeerId) -> ToyNode:
+        return next(node for node in self.nodes if node.peer.peer_id == peer)
 
     def planner(self, *preferred: int) -> ToyPlanner:
         """Prefers these nodes, in this order."""

@@ -258,6 +258,79 @@ def test_nodes_come_and_go_all_the_time(
     converse(toy_swarm, toy_blocks, make_tensor, fault, seed=seed, steps=60, rows=2)
 
 
+@pytest.mark.parametrize("liar", [False, True])
+def test_who_sends_what_is_no_number_is_blamed_and_not_who_says_so(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any, liar: bool
+) -> None:
+    """Unless it says so of everybody."""
+
+    async def main() -> None:
+        swarm = toy_swarm(SPANS, settings=LINKS)
+        await swarm.start()
+        planner = swarm.planner(*CHAIN)
+        async with swarm.chain(planner=planner, maximum_tokens=MAXIMUM_TOKENS) as chain:
+            talk = Conversation(chain, 1, 1, toy_blocks, make_tensor)
+            await talk.run(5)
+            sender, accuser = (swarm.nodes[hop] for hop in (1, 2))
+            accuser.engine.fail_next = ProtocolError(ErrorCode.INPUT_NOT_FINITE)
+            await talk.run(3)
+            assert [peer for peer, _ in planner.failures] == [sender.peer.peer_id]
+            if liar:
+                assert chain.plan.hops[-1].peer_id == accuser.peer.peer_id
+                accuser.engine.fail_next = ProtocolError(ErrorCode.INPUT_NOT_FINITE)
+                await talk.run(3)
+                assert planner.failures[-1][0] == accuser.peer.peer_id
+                assert len(planner.failures) == 2
+        await swarm.assert_nothing_left()
+
+    virtual_time.run(main())
+
+
+@pytest.mark.parametrize("hop", CHAIN)
+@pytest.mark.parametrize("others_are_slow", [False, True])
+def test_a_straggler_is_replaced_if_there_is_something_better(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any, hop: int, others_are_slow: bool
+) -> None:
+    async def main() -> None:
+        swarm = toy_swarm(SPANS, settings=LINKS)
+        await swarm.start()
+        async with swarm.chain(*CHAIN, maximum_tokens=MAXIMUM_TOKENS) as chain:
+            talk = Conversation(chain, 1, 1, toy_blocks, make_tensor)
+            for _ in range(40):
+                await talk.step(1)
+            for index, node in enumerate(swarm.nodes):
+                if index == hop or others_are_slow:
+                    node.engine.step_s = 0.5
+            for _ in range(40):
+                await talk.step(1)
+            peers = {planned.peer_id for planned in chain.plan.hops}
+            stays = swarm.nodes[hop].peer.peer_id in peers
+            assert stays == others_are_slow
+        await swarm.assert_nothing_left()
+
+    virtual_time.run(main())
+
+
+def test_a_hop_that_is_stuck_is_replaced(toy_swarm: Any, toy_blocks: Any, make_tensor: Any) -> None:
+    """It answers pings, but the step that it has never ends."""
+
+    async def main() -> None:
+        swarm = toy_swarm(SPANS, settings=LINKS)
+        await swarm.start()
+        async with swarm.chain(*CHAIN, maximum_tokens=MAXIMUM_TOKENS) as chain:
+            talk = Conversation(chain, 1, 1, toy_blocks, make_tensor)
+            for _ in range(5):
+                await talk.step(1)
+            swarm.nodes[1].engine.step_s = 10_000.0
+            started_s = swarm.clock.monotonic_s()
+            await talk.step(1)
+            assert swarm.clock.monotonic_s() - started_s < 10
+            swarm.nodes[1].engine.step_s = 0.001
+        await swarm.assert_nothing_left()
+
+    virtual_time.run(main())
+
+
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("hop", [0, 1])
 def test_a_neighbour_that_hosts_the_lost_blocks_too_takes_them_over(

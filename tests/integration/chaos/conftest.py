@@ -45,8 +45,9 @@ class Chaos:
 
 @pytest.fixture(scope="module")
 def chaos(smollm2_path: Path) -> Iterator[Chaos]:
-    (plain,) = make_tasks(smollm2_path, [PROMPT_TOKENS], NEW_TOKENS)
-    (looked_up,) = make_tasks(smollm2_path, [PROMPT_TOKENS], 2 * NEW_TOKENS, speculative=True)
+    (looked_up,) = make_tasks(smollm2_path, [PROMPT_TOKENS], 2 * NEW_TOKENS)
+    plain = looked_up.variant(NEW_TOKENS)
+    looked_up = looked_up.variant(2 * NEW_TOKENS, speculative=True)
     background = BackgroundLoop("chaos")
     hearing: list[Matrix] = []
 

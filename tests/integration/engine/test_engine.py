@@ -130,7 +130,7 @@ async def test_a_bad_input_concerns_its_session_only(
     await blocker
     refused, output = await asyncio.gather(*steps, return_exceptions=True)
     assert isinstance(refused, ProtocolError)
-    assert refused.code is ErrorCode.NOT_FINITE
+    assert refused.code is ErrorCode.INPUT_NOT_FINITE
     assert not isinstance(output, BaseException)
     torch.testing.assert_close(
         tensor_from_wire(output.activations), tensor_from_wire(expected.activations)

@@ -114,6 +114,12 @@ def fetch(url: str) -> str:
         return str(answer.read().decode())
 
 
+def wait_for_text(path: Path, text: str) -> None:
+    """Wait until the file is there and contains the text."""
+    while not (path.exists() and text in path.read_text()):
+        time.sleep(0.1)
+
+
 async def announced(seed: Running, checkpoint: Path, tmp_path: Path) -> dict[str, NodeRecord]:
     """What the directory says of the model's nodes, by name."""
     key = tmp_path / "reader.key"
@@ -139,8 +145,7 @@ async def test_a_restarted_node_finds_the_swarm_without_peers(
     first = start("join", "first", *arguments)
     second = start("join", "second", *arguments, "--peers", first.address)
     peers_file = tmp_path / "second.peers"
-    while not (peers_file.exists() and first.first_event["peer_id"] in peers_file.read_text()):
-        await asyncio.sleep(0.1)
+    await asyncio.to_thread(wait_for_text, peers_file, first.first_event["peer_id"])
     before = (await announced(first, checkpoint, tmp_path))["second"]
     second.process.kill()
     second.process.wait()

@@ -242,7 +242,7 @@ def test_no_chain_is_cheaper(
         assert plan.expected_step_s == pytest.approx(best_s)
 
 
-def test_a_choice_among_32_takes_less_than_a_millisecond(make_record: MakeRecord) -> None:
+def test_a_choice_among_32_is_fast(make_record: MakeRecord) -> None:
     dice = random.Random(1)
     candidates = []
     for _ in range(SAMPLE):
@@ -257,7 +257,8 @@ def test_a_choice_among_32_takes_less_than_a_millisecond(make_record: MakeRecord
         choose_chain(candidates, 0, 80)
         return time.perf_counter() - started_s
 
-    assert min(once_s() for _ in range(50)) < 0.001
+    # About 0.5 ms where this was written; slower machines have their time, worse growth has not.
+    assert min(once_s() for _ in range(50)) < 0.005
 
 
 # --- who may serve -------------------------------------------------------------------------------
