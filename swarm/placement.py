@@ -57,7 +57,7 @@ class PlacementSettings:
     """A span that loads so long is worth half."""
     urgent_patience_s: float = 300.0
     """The same while some block has no node: then soon is better than good."""
-    hysteresis: float = 2.0
+    hysteresis: float = 1.5
     """A move must gain so many fair shares of the potential."""
     safe_replicas: int = 2
     """Others that must go on serving a block that is left."""
