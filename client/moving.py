@@ -98,11 +98,10 @@ class Moves:
     async def _move(self, leaving: Link, refused: Sequence[PeerId], wait_s: float) -> bool:
         hops = self._hops
         before, after = hops.previous_of(leaving), hops.following(leaving)
-        neighbours = [link.peer_id for link in (before, after) if link is not None]
         plan = await self._planner.plan(
             leaving.hop.first_block,
             leaving.hop.end_block,
-            excluded=(leaving.peer_id, *neighbours, *refused),
+            excluded=(leaving.peer_id, *refused),
             previous=before.peer_id if before is not None else None,
             following=after.peer_id if after is not None else None,
         )

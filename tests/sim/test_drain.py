@@ -261,3 +261,30 @@ def test_a_node_leaves_while_sessions_are_opened_on_it(
         await swarm.assert_nothing_left()
 
     virtual_time.run(main())
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("spans", [((0, 2), (0, 6)), ((2, 6), (0, 6))])
+def test_a_neighbour_in_the_chain_may_take_the_blocks_over(
+    toy_swarm: Any,
+    toy_blocks: Any,
+    make_tensor: Any,
+    seed: int,
+    spans: tuple[tuple[int, int], ...],
+) -> None:
+    async def main() -> None:
+        swarm = toy_swarm(spans, seed=seed, settings=LINKS)
+        await swarm.start()
+        async with swarm.chain(0, 1, maximum_tokens=MAXIMUM_TOKENS) as chain:
+            assert len(chain.plan.hops) == 2
+            talk = Talk(chain, seed, 1, toy_blocks, make_tensor)
+            leaving = asyncio.create_task(leave(swarm, 0))
+            for _ in range(20):
+                await talk.step()
+            await leaving
+            await talk.step(1)
+            assert {hop.peer_id for hop in chain.plan.hops} == {swarm.nodes[1].peer.peer_id}
+        assert swarm.nodes[1].counted.replayed_tokens == 0
+        await swarm.assert_nothing_left()
+
+    virtual_time.run(main())
