@@ -15,7 +15,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +71,27 @@ class Happened:
     at_s: float
     struck_s: float
     sessions: list[Session]
-    stalls_s: list[float] = field(default_factory=list)
+
+    @property
+    def stalls_s(self) -> list[float]:
+        """Of the sessions that had a token to come; see ``Session.stall_s``."""
+        stalls = [session.stall_s(self.struck_s) for session in self.sessions]
+        return [stall for stall in stalls if stall is not None]
 
 
 class Soak:
     """Sessions and faults side by side."""
 
     def __init__(
-        self, plan: SoakPlan, arena: Arena, watched: Watched, tasks: Sequence[Task]
+        self,
+        plan: SoakPlan,
+        arena: Arena,
+        watched: Watched,
+        tasks: Sequence[Task],
+        console: Console,
     ) -> None:
         self._plan = plan
+        self._console = console
         self._arena = arena
         self._watched = watched
         self._tasks = tasks
@@ -123,7 +134,6 @@ class Soak:
             for task in (faults, memory):
                 task.cancel()
         await self._arena.mended()
-        self._count_stalls()
         leaks = await self._arena.leaks(LEAK_TIMEOUT_S)
         self.problems += [f"left behind: {leak}" for leak in leaks]
         left = len(asyncio.all_tasks())
@@ -142,7 +152,7 @@ class Soak:
                 async with asyncio.timeout(FINISH_TIMEOUT_S):
                     session = await self._watched.run(dice.choice(self._tasks), self._running.add)
             except TimeoutError:
-                self.problems.append(f"a session did not end within {FINISH_TIMEOUT_S:.0f} s")
+                self._is_wrong(f"a session did not end within {FINISH_TIMEOUT_S:.0f} s")
             for ended in [one for one in self._running if one.ended]:
                 self._running.discard(ended)
             if session is not None and not self._could_not_begin(session, started_s):
@@ -167,6 +177,7 @@ class Soak:
             struck_s = self._arena.hurt(fighter, kind)
             since_s = struck_s - self.started_s
             self.happened.append(Happened(kind, fighter.name, since_s, struck_s, affected))
+            self._say(f"{since_s:6.0f} s  {kind} {fighter.name}, {len(affected)} sessions")
             self._arena.mend_soon(fighter, duration_s)
 
     async def _lose_network(self) -> None:
@@ -180,6 +191,7 @@ class Soak:
         self._offline_s.append((back_s - OFFLINE_S, back_s))
         # What a user waits after the network is back is what we can be blamed for.
         self.happened.append(Happened(OFFLINE, "client", since_s, back_s, sessions))
+        self._say(f"{since_s:6.0f} s  {OFFLINE}, {len(sessions)} sessions")
 
     async def _weigh(self) -> None:
         while True:
@@ -206,19 +218,20 @@ class Soak:
         length = len(session.task.prompt)
         if session.error is not None:
             error = session.error
-            self.problems.append(
+            self._is_wrong(
                 f"session with {length} tokens of prompt failed after {len(session.tokens)} "
                 f"tokens: {type(error).__name__}: {error}"
             )
         if not session.is_right:
-            self.problems.append(f"session with {length} tokens of prompt: wrong tokens")
+            self._is_wrong(f"session with {length} tokens of prompt: wrong tokens")
 
-    def _count_stalls(self) -> None:
-        for happened in self.happened:
-            for session in happened.sessions:
-                stall_s = session.stall_s(happened.struck_s)
-                if stall_s is not None:
-                    happened.stalls_s.append(stall_s)
+    def _is_wrong(self, problem: str) -> None:
+        since_s = time.monotonic() - self.started_s
+        self.problems.append(f"{since_s:.0f} s: {problem}")
+        self._say(f"{since_s:6.0f} s  {problem}", style="red")
+
+    def _say(self, text: str, style: str = "dim") -> None:
+        self._console.print(f"  {escape(text)}", style=style, soft_wrap=True)
 
     def growth_mb_per_hour(self) -> dict[str, float]:
         """Of each node that was watched for long enough after it had settled: a fitted line."""
@@ -293,7 +306,7 @@ def run_soak(plan: SoakPlan, console: Console) -> bool:
     soaks: list[Soak] = []
 
     async def run() -> None:
-        soak = Soak(plan, arena, watched, tasks)
+        soak = Soak(plan, arena, watched, tasks, console)
         soaks.append(soak)
         await watched.connect(arena.swarm.peers, arena.client_ip)
         try:
