@@ -394,7 +394,8 @@ class Chain:
                 if len(failures) >= patience.attempts:
                     raise self._unhealed(gap, failures, None) from error
             except (NoRouteError, NetworkError) as error:
-                if not await patience.wait(self._planner):
+                is_full = isinstance(error, NoRouteError) and error.retry_after_ms > 0
+                if (is_full and not self._opened.done()) or not await patience.wait(self._planner):
                     raise self._unhealed(gap, failures, error) from error
                 excluded.clear()  # they may be back, or were not to blame
             except NothingToReplay as error:

@@ -12,6 +12,9 @@ from swarm.routing import block_ranges
 
 OPEN_ATTEMPTS = 4
 """Hops that may refuse or be gone before a new session is given up."""
+OPEN_S = 2.0
+"""For nodes to turn up, where a new session would find blocks without a host: one that was seen to
+join a moment ago may be ready, and one that could not be reached may only have been busy."""
 HEAL_ATTEMPTS = 16
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 2.0
@@ -33,8 +36,8 @@ class Patience:
 
     @classmethod
     def to_open(cls, clock: Clock) -> Patience:
-        """A new session fails at once, so that its user may choose what to do."""
-        return cls(clock, 0.0, 0.0, OPEN_ATTEMPTS)
+        """A new session fails soon, so that its user may choose what to do."""
+        return cls(clock, OPEN_S, OPEN_S, OPEN_ATTEMPTS)
 
     async def wait(self, planner: Planner) -> bool:
         """Wait a moment for nodes to turn up; False when that has taken too long already.
@@ -48,7 +51,7 @@ class Patience:
             if await planner.is_online():
                 # Perhaps only just: whoever could not be reached before is tried once more.
                 self._is_last_round = True
-                return self._heal_s > 0
+                return True
             self._gives_up_s = self._clock.monotonic_s() + self._heal_s
         await self._clock.sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from swarm.hivemind_network import HivemindNetwork
     from swarm.node.engine.engine import SpanEngine
     from swarm.node.engine.hosting import OpenedModel
+    from swarm.nodes_view import NodesView
 
 log = logging.getLogger(__name__)
 
@@ -168,14 +169,14 @@ class _Node:
                     engine = await self._unless_left(self._load(model, span))
                     self._show_engine(model, engine)
                     stack.push_async_callback(engine.close)
-                    service = await self._serve(network, model, engine)
+                    around = self._surroundings(network, announcer)
+                    service = await self._serve(network, model, engine, around.view)
                     stack.push_async_callback(service.close)
                     online = replace(announcer.record, state=NodeState.ONLINE)
                     announcer.update(_with_load(online, engine))
                     await self._unless_left(_announced(announcer))
                     self._board.update(state="online", coverage=_with_own(replicas, span))
                     self._view.ready(self._board.snapshot())
-                    around = self._surroundings(network, announcer)
                     relocation = self._relocation(model, engine, service, announcer)
                     stack.push_async_callback(relocation.close)
                     looking = group.create_task(around.run())
@@ -315,7 +316,7 @@ class _Node:
         await rebalancer.run()
 
     async def _serve(
-        self, network: HivemindNetwork, model: OpenedModel, engine: SpanEngine
+        self, network: HivemindNetwork, model: OpenedModel, engine: SpanEngine, view: NodesView
     ) -> NodeService:
         settings = self._settings
         revision = model.checkpoint.revision
@@ -323,7 +324,7 @@ class _Node:
             network,
             engine,
             model_revision=revision,
-            resolve=Neighbours(network, self._clock, revision).resolve,
+            resolve=Neighbours(network, self._clock, revision, view).resolve,
             observer=self._board.metrics,
             clock=LoopClock(),  # peers are told what this computer's own clock says
             limits=ServiceLimits(

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from swarm.membership import list_models
+from swarm.nodes_view import NodesView
 from swarm.ports import Clock, Directory
 from swarm.protocol.errors import RecordError
 from swarm.protocol.identity import PeerId
@@ -22,7 +23,15 @@ FRESH_S = 20.0
 class Neighbours:
     """Looks peers up, and remembers for a while whom it found."""
 
-    def __init__(self, directory: Directory, clock: Clock, model_revision: bytes) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        clock: Clock,
+        model_revision: bytes,
+        view: NodesView | None = None,
+    ) -> None:
+        """Whom ``view`` knows is not looked up; it must be of the same model."""
+        self._view = view
         self._directory = directory
         self._clock = clock
         self._model_revision = model_revision
@@ -37,7 +46,9 @@ class Neighbours:
         known = self._known.get(peer)
         if known is not None and now_s < known[0]:
             return known[1]
-        record = await self._find(peer)
+        record = self._view.record(peer) if self._view is not None else None
+        if record is None:
+            record = await self._find(peer)
         if record is None:
             self._known.pop(peer, None)
             return None

@@ -7,6 +7,7 @@ software is only information for people; nothing may be decided by it.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import metadata
 
 from swarm.protocol.errors import ErrorCode, ProtocolError
@@ -31,8 +32,12 @@ def negotiate(own_minimum: int, own_maximum: int, their_minimum: int, their_maxi
     return version
 
 
+@cache
 def software_version() -> str:
-    """Version of the installed distribution, or ``unknown`` when it is not installed."""
+    """Version of the installed distribution, or ``unknown`` when it is not installed.
+
+    Read once: every Hello tells it, and looking it up takes milliseconds.
+    """
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:

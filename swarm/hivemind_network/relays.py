@@ -34,6 +34,7 @@ RELAYS_WANTED = 3
 ADDRESSES_PER_RELAY = 2
 CHECK_PERIOD_S = 6.0
 RESERVE_TIMEOUT_S = 4.0
+OTHERS_AT_A_TIME = 8
 FAILURE_COUNTS_S = 5.0
 """A known relay that failed is not asked again for so long: the others first."""
 REFUSAL_COUNTS_S = 600.0
@@ -125,15 +126,16 @@ class RelayKeeper:
         await self._try_all(list(self._held))
         known = [peer for peer in self._known if self._may_try(peer, FAILURE_COUNTS_S)]
         await self._try_all(known[: RELAYS_WANTED - len(self._held)])
-        missing = RELAYS_WANTED - len(self._held)
-        if missing > 0:
+        if len(self._held) < RELAYS_WANTED:
             connected = dict.fromkeys(
                 connection.peer
                 for connection in await list_connections(self._daemon())
                 if not connection.relayed and is_global(connection.address)
             )
             others = [peer for peer in connected if self._may_try(peer, REFUSAL_COUNTS_S)]
-            await self._try_all([peer for peer in others if peer not in self._known][:missing])
+            for peer in others[:OTHERS_AT_A_TIME]:
+                if len(self._held) < RELAYS_WANTED and peer not in self._known:
+                    await self._try(peer)
 
     def _may_try(self, peer: PeerId, failure_counts_s: float) -> bool:
         failed_s = self._failed_s.get(peer, -failure_counts_s)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import signal
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,11 +26,13 @@ from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
 from swarm.node.control import running_node
 from swarm.node.engine.api import CacheRequest, StepInput
 from swarm.node.engine.engine import SpanEngine, load_engine_blocking
+from swarm.node.view import NodeStatus, describe_absence
 from swarm.protocol.tensors import DType
 
 BLOCKS = 6
 HIDDEN = 64
 TOKENS = 600
+LEAVE_TIMEOUT_S = 30.0
 REPLAYED_TOKENS = "swarm_node_replayed_tokens_total "
 
 
@@ -108,7 +112,7 @@ async def test_each_hop_leaves_in_turn(swarm: LocalSwarm, model: Path) -> None:
                 await talk.step(back=number % 5 == 4)
                 if leaving.process.poll() is not None:
                     break
-            assert await asking == "draining"
+            await asking
             assert leaving.process.wait() == 0
             assert serving(swarm, chain, hop) is not leaving
             await talk.step()
@@ -120,18 +124,49 @@ async def test_each_hop_leaves_in_turn(swarm: LocalSwarm, model: Path) -> None:
     assert "swarm_client_healing_seconds_count 0.0" in metrics.text()
 
 
+async def test_without_a_replacement_the_owner_is_told_and_may_leave_at_once(
+    swarm: LocalSwarm, model: Path
+) -> None:
+    """After the test before there is one node left for each span."""
+    checkpoint = Checkpoint.open(model)
+    async with await SwarmClient.connect(ClientSettings(peers=tuple(swarm.peers))) as client:
+        request = SessionRequest(checkpoint.revision, HIDDEN, 1, TOKENS, DType.FLOAT32)
+        chain = await client.open_chain(request, number_of_blocks=BLOCKS)
+        hidden = tensor_to_wire(torch.randn(1, 3, HIDDEN), DType.FLOAT32)
+        await chain.step(hidden, 0, output_tokens=1)
+        leaving = serving(swarm, chain, 1)
+        (process,) = psutil.Process(leaving.process.keeper_pid).children()
+        process.send_signal(signal.SIGINT)
+        status = await asyncio.to_thread(draining, leaving)
+        assert status.sessions == 1
+        waits, alone = describe_absence(status)
+        assert "1 session still here; waits " in waits
+        assert alone.startswith("nobody else has blocks 2-3")
+        await chain.step(hidden, 3, output_tokens=1)
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.to_thread(leaving.process.wait, LEAVE_TIMEOUT_S) == 130
+        await chain.close()
+
+
 def serving(swarm: LocalSwarm, chain: Chain, hop: int) -> Member:
     peer_id = chain.plan.hops[hop].peer_id
     return next(node for node in swarm.nodes if node.peer_id == peer_id)
 
 
-def drain(node: Member) -> str:
-    """The state that the node answers with."""
+def drain(node: Member) -> None:
+    """What ``swarm-node drain`` does."""
     with running_node(node.key) as control:
         control.ask("drain")
-        while (status := control.ask("status")) is not None and status.state == "online":
+
+
+def draining(node: Member) -> NodeStatus:
+    """The status of a node as soon as it drains."""
+    with running_node(node.key) as control:
+        while (status := control.ask("status")) is not None:
+            if status.state == "draining":
+                return status
             time.sleep(0.01)
-        return status.state if status is not None else "gone"
+    raise AssertionError("the node has ended")
 
 
 def replayed_tokens(node: Member) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -264,9 +265,22 @@ def test_a_node_rests_outside_of_its_hours(checkpoint: Path, tmp_path: Path) -> 
             process.kill()
 
 
-def test_a_dead_network_daemon_ends_the_peer_with_a_reason(start: Start) -> None:
+def test_a_network_daemon_that_dies_again_and_again_ends_the_peer_with_a_reason(
+    start: Start,
+) -> None:
     seed = start("seed", "seed")
-    seed.daemon.kill()
+    process = psutil.Process(seed.process.pid)
+    deadline_s = time.monotonic() + EXIT_TIMEOUT_S
+    killed: set[int] = set()
+    while seed.process.poll() is None:
+        assert time.monotonic() < deadline_s
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in process.children():
+                if child.name() == "p2pd" and child.pid not in killed:
+                    child.kill()
+                    killed.add(child.pid)
+        time.sleep(0.05)
+    assert len(killed) > 1, "it was started again"
     code, events = seed.ended()
     assert code == 4
     assert events[-1]["event"] == "error"

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from swarm.membership import Announcer
 from swarm.memory_network import MemoryNetwork
 from swarm.node.neighbours import FRESH_S, Neighbours
+from swarm.nodes_view import NodesView
 from swarm.protocol.identity import Identity
 from swarm.protocol.records import NodeRecord, NodeState
 from swarm.protocol.tensors import DType
@@ -82,3 +83,28 @@ def test_who_is_gone_is_forgotten() -> None:
         assert await neighbours.resolve(peer) is None
 
     simulate(story)
+
+
+def test_whom_the_view_knows_is_not_looked_up() -> None:
+    async def main() -> None:
+        network = MemoryNetwork(1)
+        host = announcer(network, identity(1), REVISION)
+        asker = network.join(identity(9))
+        view = NodesView(asker, LoopClock(), REVISION)
+        neighbours = Neighbours(asker, LoopClock(), REVISION, view)
+        task = asyncio.create_task(host.run())
+        await host.announced()
+        await view.read()
+        read_bytes = asker.directory_bytes_received
+        assert await neighbours.resolve(identity(1).peer_id) == ADDRESSES
+        assert asker.directory_bytes_received == read_bytes
+        late = announcer(network, identity(2), REVISION)
+        late_task = asyncio.create_task(late.run())
+        await late.announced()
+        assert await neighbours.resolve(identity(2).peer_id) == ADDRESSES
+        assert asker.directory_bytes_received > read_bytes
+        for running in (task, late_task):
+            running.cancel()
+        await asyncio.wait((task, late_task))
+
+    run(main())

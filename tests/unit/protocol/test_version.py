@@ -31,6 +31,9 @@ def test_our_own_range_is_in_order() -> None:
 
 
 def test_software_version_without_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    version.software_version.cache_clear()
     assert version.software_version()
     monkeypatch.setattr(version, "DISTRIBUTION", "a-distribution-that-is-not-installed")
+    version.software_version.cache_clear()
     assert version.software_version() == "unknown"
+    version.software_version.cache_clear()
