@@ -25,8 +25,14 @@ from swarm.protocol.records import COUNTRY
 
 ENVIRONMENT_PREFIX = "SWARM_NODE_"
 
-LISTEN_ON_ALL_INTERFACES = ("/ip4/0.0.0.0/tcp/0", "/ip4/0.0.0.0/udp/0/quic-v1")
-"""TCP is faster on short ways; QUIC is what passes most home routers. Port 0: a free one."""
+LISTEN_ON_ALL_INTERFACES = (
+    "/ip4/0.0.0.0/tcp/0",
+    "/ip4/0.0.0.0/udp/0/quic-v1",
+    "/ip6/::/tcp/0",
+    "/ip6/::/udp/0/quic-v1",
+)
+"""TCP is faster on short ways; QUIC is what passes most home routers. Port 0: a free one. Where a
+computer has no IPv6, it listens on the rest."""
 
 EXAMPLE_ADDRESS = "/ip4/192.0.2.1/tcp/31330/p2p/12D3KooW..."
 

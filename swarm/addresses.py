@@ -16,6 +16,14 @@ def is_global(address: str) -> bool:
     return ip is not None and ip.is_global
 
 
+def is_given_by_router(address: str) -> bool:
+    """For a peer behind a router: whether this is how the router shows it to the internet.
+
+    Nobody translates addresses of IPv6.
+    """
+    return is_global(address) and address.startswith("/ip4/") and not is_relayed(address)
+
+
 def is_loopback(address: str) -> bool:
     """Whether only programs on the same computer reach it."""
     ip = ip_of(address)

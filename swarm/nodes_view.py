@@ -45,8 +45,6 @@ RECORD_BYTES = 500
 """About; on the way."""
 LOOKUP_BYTES = 2000
 """To find who keeps a key."""
-LONGEST_PASS_S = 240.0
-"""Records live a little longer; who cannot read all shards in this time reads some of them."""
 LOOKS_AT_THE_LOST = (2, 4, 8, 16)
 """Of the looks for lost nodes, those at which a lost one's record is read again."""
 RETRY_S = 5.0
@@ -60,7 +58,7 @@ class ViewSettings:
     """For a pass over the shards, in a small swarm."""
     tombstones_s: float = 8.0
     """Between two looks for lost nodes, in a small swarm."""
-    bytes_per_s: float = 2500.0
+    bytes_per_s: float = 3100.0
     """Larger passes take longer."""
     maximum_shards: int = 64
     """Read in one pass."""
@@ -235,9 +233,10 @@ class NodesView:
             self.shards = agreed
 
     def _choose_shards(self) -> Sequence[int]:
-        affordable = int(
-            LONGEST_PASS_S * self._settings.bytes_per_s / (64 * RECORD_BYTES + LOOKUP_BYTES)
-        )
+        # What is read lives for two periods at least; until then it should be read again.
+        longest_pass_s = FRESH_PERIODS * announce_period_s(ANNOUNCE_PERIOD_S, self.shards)
+        shard_bytes = 64 * RECORD_BYTES + LOOKUP_BYTES
+        affordable = int(longest_pass_s * self._settings.bytes_per_s / shard_bytes)
         count = min(self.shards, self._settings.maximum_shards, max(affordable, 1))
         everything = range(self.shards)
         return everything if count == self.shards else self._dice.sample(everything, count)

@@ -18,7 +18,7 @@ from swarm.node.engine.freed_memory import return_freed_memory
 _FEW_ROWS = 2
 _MANY_ROWS = 64
 """From here on the layout makes no difference that counts."""
-_MEMORY_STEPS = 16
+_MEMORY_STEPS = 8
 _TO_PACKED_SHARE = 0.5
 _TO_PLAIN_SHARE = 0.25
 

@@ -119,8 +119,11 @@ def lean_imports() -> Iterator[None]:
 def run_lean(work: Callable[[], Value]) -> Value:
     """Do ``work``, which imports decoder layers, with lean imports, or else with all.
 
-    ``work`` may run twice: the second time when the first failed for a part that is missing.
+    ``work`` may run twice: the second time when the first failed for a part that is missing. In a
+    process that has imported such parts already there is nothing to win: it is only done.
     """
+    if any(name in sys.modules for name in _LEFT_OUT):
+        return work()
     before = set(sys.modules)
     try:
         with lean_imports():

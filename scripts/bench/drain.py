@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from scripts.local_swarm import LocalSwarm, Member, SwarmPlan, end_on_sigterm, equal_spans
 from scripts.prepare_demo_model import prepare_with_progress
@@ -59,6 +58,13 @@ class Drained:
     @property
     def factor(self) -> float:
         return self.longest_ms / self.median_ms
+
+    def __str__(self) -> str:
+        text = "the same text" if self.same_text else "ANOTHER TEXT"
+        return (
+            f"hop {self.hop + 1}: median {self.median_ms:.1f} ms, longest wait after the drain "
+            f"{self.longest_ms:.1f} ms ({self.factor:.2f} times), {text}"
+        )
 
 
 class Opened:
@@ -152,29 +158,14 @@ async def measure(
                 for number in range(1, repetitions + 1):
                     with console.status(f"draining hop {hop + 1}, {number} of {repetitions}"):
                         results.append(await bench.drained(prompt, hop, undisturbed))
+                    console.print(f"  {results[-1]}")
         if "swarm_client_healing_seconds_count 0.0" not in metrics.text():
             console.print("  a session was healed instead of moved", style="red")
     return results
 
 
-def print_results(console: Console, results: list[Drained]) -> None:
-    """A row for each drain."""
-    table = Table("hop", "median, ms", "longest after, ms", "factor", "same text")
-    for result in results:
-        table.add_row(
-            str(result.hop + 1),
-            f"{result.median_ms:.1f}",
-            f"{result.longest_ms:.1f}",
-            f"{result.factor:.2f}",
-            "yes" if result.same_text else "NO",
-        )
-    console.print(table)
-    worst = max(result.factor for result in results)
-    console.print(f"  the longest wait is {worst:.2f} times the median; {LIMIT:.0f} are allowed")
-
-
 def main() -> None:
-    """Measure and print a table, or JSON."""
+    """Measure and print a line for each drain, or JSON."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench.drain", description=__doc__)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--context", type=int, default=512, help="tokens of the prompt")
@@ -188,10 +179,10 @@ def main() -> None:
     local.end_token_ids = frozenset()
     results = asyncio.run(measure(model, local, options.context, options.repetitions, console))
     local.close()
+    worst = max(result.factor for result in results)
+    console.print(f"  the longest wait is {worst:.2f} times the median; {LIMIT:.0f} are allowed")
     if options.json:
         print(json.dumps([asdict(result) for result in results]))
-    else:
-        print_results(console, results)
 
 
 if __name__ == "__main__":

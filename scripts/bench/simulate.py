@@ -1,4 +1,4 @@
-"""Simulated swarms of 20 to 10,000 nodes: placement, routing, outages, control traffic.
+"""Simulated swarms of 20 to 10,000 nodes: placement, outages, routing, control traffic and sessions.
 
     python -m scripts.bench.simulate                    # everything; hours on one core
     python -m scripts.bench.simulate --quick            # a small part of it, a minute
@@ -25,9 +25,11 @@ from typing import Any
 from rich.console import Console
 
 from swarm.simulation.churn import CHURNS
+from swarm.simulation.control import simulate_control
 from swarm.simulation.outages import simulate_outage
 from swarm.simulation.placement import PETALS, POTENTIAL, PlacementRun, simulate_placement
 from swarm.simulation.routing import RoutingRun, Strategy, simulate_routing
+from swarm.simulation.sessions import SessionRun, simulate_sessions
 
 Result = dict[str, Any]
 SEEDS = 5
@@ -108,10 +110,24 @@ def routing_runs(quick: bool) -> Iterator[tuple[Result, Callable[[], Any]]]:
                 yield {**what, "seed": seed}, partial(simulate_routing, run)
 
 
+def control_runs(quick: bool) -> Iterator[tuple[Result, Callable[[], Any]]]:
+    for nodes in (100,) if quick else (20, 100, 1000, 10_000):
+        what = {"nodes": nodes, "seed": 0}
+        yield what, partial(simulate_control, nodes, seconds=300.0)
+
+
+def session_runs(quick: bool) -> Iterator[tuple[Result, Callable[[], Any]]]:
+    for seed in range(1 if quick else SEEDS):
+        run = SessionRun(nodes=12, clients=2, minutes=1.0 if quick else 5.0, seed=seed)
+        yield {"nodes": run.nodes, "seed": seed}, partial(simulate_sessions, run)
+
+
 PARTS: dict[str, Callable[[bool], Iterator[tuple[Result, Callable[[], Any]]]]] = {
     "placement": placement_runs,
     "outages": outage_runs,
     "routing": routing_runs,
+    "control": control_runs,
+    "sessions": session_runs,
 }
 
 
@@ -204,10 +220,41 @@ def routing_table(results: Sequence[Result]) -> list[str]:
     return lines
 
 
+def control_table(results: Sequence[Result]) -> list[str]:
+    lines = [
+        "| nodes | shards | nodes known | directory, bytes/s | pings, bytes/s | together |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in results:
+        result = line["result"]
+        lines.append(
+            f"| {line['nodes']:,} | {result['shards']} | {result['known_nodes']:.0f} "
+            f"| {result['directory_bytes_per_s']:.0f} | {result['stream_bytes_per_s']:.0f} "
+            f"| {result['bytes_per_s']:.0f} |"
+        )
+    return lines
+
+
+def session_table(results: Sequence[Result]) -> list[str]:
+    lines = [
+        "| nodes | seed | crashes | partitions | answers | wrong tokens | failed answers |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in results:
+        result = line["result"]
+        lines.append(
+            f"| {line['nodes']} | {line['seed']} | {result['crashes']} | {result['partitions']} "
+            f"| {result['answers']} | {result['wrong_tokens']} | {result['failed']} |"
+        )
+    return lines
+
+
 TABLES: dict[str, Callable[[Sequence[Result]], list[str]]] = {
     "placement": placement_table,
     "outages": outage_table,
     "routing": routing_table,
+    "control": control_table,
+    "sessions": session_table,
 }
 
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from scripts.faults.matrix import Outcome
+    from scripts.faults.cases import Outcome
 
 
 def percentile(values: Sequence[float], percent: int) -> float:

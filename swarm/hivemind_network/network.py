@@ -21,7 +21,7 @@ from hivemind.dht.protocol import ValidationError
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
-from swarm.addresses import is_global, is_loopback, is_relayed
+from swarm.addresses import is_given_by_router, is_global, is_loopback, is_relayed
 from swarm.hivemind_network.daemon import NetworkSettings, cancel_all
 from swarm.hivemind_network.dht_clock import DHT_CLOCK, agreed_offset_s
 from swarm.hivemind_network.listening import with_ports, with_quic, with_quic_of_others
@@ -145,7 +145,7 @@ class HivemindNetwork:
         if self._behind_router:
             # As others see us: the router lets nobody in there, and an attempt spoils the hole
             # that is punched later.
-            own = [address for address in own if not is_global(address)]
+            own = [address for address in own if not is_given_by_router(address)]
             own += [self._reached_at] if self._reached_at else []
         return [*own, *(self._relays.addresses if self._relays is not None else ())]
 
@@ -257,7 +257,7 @@ class HivemindNetwork:
 
     async def _punched(self, peer: PeerId, patience_s: float) -> bool:
         """Wait until ``peer`` can be reached directly, unless that cannot come."""
-        if patience_s <= 0 or not any(map(is_global, await own_addresses(self._p2p))):
+        if patience_s <= 0 or not any(map(is_given_by_router, await own_addresses(self._p2p))):
             return False  # without an address that others see the daemon punches no holes
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from hivemind.p2p import P2P
 
-from swarm.addresses import is_global
+from swarm.addresses import is_given_by_router
 from swarm.hivemind_network.requests import disconnect, list_connections, own_addresses
 from swarm.protocol.errors import NetworkError
 from swarm.protocol.identity import PeerId
@@ -57,7 +57,7 @@ class HolePuncher:
                 logger.debug("hole punching: %s", error)
 
     async def _check(self, now_s: float) -> None:
-        possible = any(map(is_global, await own_addresses(self._daemon())))
+        possible = any(map(is_given_by_router, await own_addresses(self._daemon())))
         connections = await list_connections(self._daemon())
         connected = {connection.peer for connection in connections}
         direct = {connection.peer for connection in connections if not connection.relayed}

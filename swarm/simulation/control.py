@@ -4,8 +4,8 @@ Real: ``Announcer``, ``NodesView`` and ``Buddies`` of some nodes (the actors), t
 shards, record validation, over ``swarm.memory_network``, which counts what lookups, stores and
 answers of the directory cost. Of all other nodes there are the peer, which keeps directory entries
 and answers pings, and a record that was announced at the start. Since every node causes what an
-actor causes, the traffic of all peers divided by the actors is what each node sends and receives,
-what it does for others included.
+actor causes, the traffic of all peers divided by the actors is what each node sends, what it does
+for others included.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LINK = LinkSettings(latency_s=0.02, jitter_s=0.005)
 
 @dataclass(frozen=True, slots=True)
 class ControlResult:
-    """Of one node, sent and received together."""
+    """For one node; every byte counts once, so that a node sends as many and receives as many."""
 
     shards: int
     known_nodes: float
@@ -73,25 +73,28 @@ async def _simulate(nodes: int, seed: int, actors: int, seconds: float) -> Contr
     def count(now_s: float, event: str) -> None:
         nonlocal stream_bytes
         if event.startswith("send "):
-            stream_bytes += 2 * int(event.rsplit(" ", 1)[1])  # once sent, once received
+            stream_bytes += int(event.rsplit(" ", 1)[1])
 
     network = MemoryNetwork(seed, MemorySettings(link=LINK), clock=clock, on_event=count)
-    shards = 1
+    shards, listed = 1, 0
     while nodes / shards > 2 * RECORDS_PER_SHARD:
         shards *= 2
     identities = [simulated_identity(seed, f"node {number}") for number in range(nodes)]
     peers = [network.join(identity) for identity in identities]
+    acting = dice_of(seed, "actors").sample(range(nodes), actors)
     for number, (identity, peer) in enumerate(zip(identities, peers, strict=True)):
         await peer.serve(STREAM_PROTOCOL, _answer_pings)
+        if number in acting:
+            continue  # announces itself
         expires_unix_s = int(clock.unix_s()) + MAX_LIFETIME_S - 10
         record = replace(_record(identity, number), shards=shards, expires_unix_s=expires_unix_s)
         _keep(network, peer, record, sign_record(identity, record))
-        if number < INDEX_PUBLISHERS:
+        if listed < INDEX_PUBLISHERS:
+            listed += 1
             index = ModelIndexRecord(
                 identity.peer_id, "model", REVISION, 80, shards, 8192, 1, expires_unix_s
             )
             _keep(network, peer, index, sign_record(identity, index))
-    acting = dice_of(seed, "actors").sample(range(nodes), actors)
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         views = []
         tasks = []
@@ -118,7 +121,7 @@ async def _simulate(nodes: int, seed: int, actors: int, seconds: float) -> Contr
 
 
 def _directory_bytes(peers: list[MemoryPeer]) -> int:
-    return sum(peer.directory_bytes_sent + peer.directory_bytes_received for peer in peers)
+    return sum(peer.directory_bytes_sent for peer in peers)
 
 
 def _keep(

@@ -102,8 +102,9 @@ async def _simulate(run: PlacementRun) -> PlacementResult:
         tasks.append(group.create_task(world.watch(dice_of(run.seed, "watch"))))
         await asyncio.sleep(run.warm_up_hours * 3600)
         world.begin_measuring()
-        tasks.append(group.create_task(world.sample(run.sample_s)))
-        await asyncio.sleep(run.hours * 3600)
+        for _ in range(round(run.hours * 3600 / run.sample_s)):
+            await asyncio.sleep(run.sample_s)
+            world.measure()
         for task in tasks:
             task.cancel()
     return _result(run, world)

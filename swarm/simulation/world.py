@@ -229,13 +229,8 @@ class World:
         self.seconds_with = dict.fromkeys(self.seconds_with, 0.0)
         self.moves = self.joins = self.leaves = self.blocks_loaded = 0
 
-    async def sample(self, period_s: float) -> None:
-        """Measure throughput and hops from now on, until cancelled."""
-        while True:
-            self.measure()
-            await self._clock.sleep(period_s)
-
     def measure(self) -> None:
+        """Take one sample of throughput, hops, organisations and countries."""
         self._count()
         total = self.number_of_blocks
         serving, present = list(self._serving.values()), self._present.values()

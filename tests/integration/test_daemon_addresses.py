@@ -40,7 +40,7 @@ def test_a_peer_id_is_written_as_the_daemon_reads_it() -> None:
     ["", "/", "ip4/1.2.3.4", "/ip4", "/ip4/1.2.3", "/tcp/65536", "/tcp/x", "/p2p/0", "/unix/a"],
 )
 def test_what_is_no_address_is_said(text: str) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         encode_address(text)
 
 

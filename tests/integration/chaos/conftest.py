@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pytest
 
 from scripts.faults.arena import Arena
-from scripts.faults.matrix import Case, Matrix, Outcome
+from scripts.faults.cases import Case, CaseRunner, Outcome
 from scripts.faults.progress import Event
 from scripts.faults.sessions import Task, Watched, make_tasks
 from swarm.client.background import BackgroundLoop
@@ -28,7 +28,7 @@ class Chaos:
 
     arena: Arena
     watched: Watched
-    matrix: Matrix
+    cases: CaseRunner
     plain: Task
     background: BackgroundLoop
 
@@ -38,7 +38,7 @@ class Chaos:
 
     def strike(self, case: Case) -> Outcome:
         """One session with one fault; all is as it should be, or the test fails."""
-        outcome = self.run(self.matrix.run(case))
+        outcome = self.run(self.cases.run(case))
         assert outcome.problems == [], case.label
         return outcome
 
@@ -49,22 +49,22 @@ def chaos(smollm2_path: Path) -> Iterator[Chaos]:
     plain = looked_up.variant(NEW_TOKENS)
     looked_up = looked_up.variant(2 * NEW_TOKENS, speculative=True)
     background = BackgroundLoop("chaos")
-    hearing: list[Matrix] = []
+    hearing: list[CaseRunner] = []
 
     def hear(event: Event) -> None:
-        for matrix in hearing:
-            matrix.hear(event)
+        for cases in hearing:
+            cases.hear(event)
 
     watched = Watched(smollm2_path, background, hear)
     try:
         with Arena(smollm2_path) as arena:
-            matrix = Matrix(arena, watched, plain, looked_up)
-            hearing.append(matrix)
+            cases = CaseRunner(arena, watched, plain, looked_up)
+            hearing.append(cases)
             background.run(watched.connect(arena.swarm.peers))
             try:
-                assert background.run(matrix.warm_up()) == []
-                yield Chaos(arena, watched, matrix, plain, background)
-                assert background.run(matrix.leftovers()) == []
+                assert background.run(cases.warm_up()) == []
+                yield Chaos(arena, watched, cases, plain, background)
+                assert background.run(cases.leftovers()) == []
             finally:
                 background.run(_quietly_mended(arena))
                 background.run(watched.close())

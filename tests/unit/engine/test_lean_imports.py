@@ -97,3 +97,9 @@ def test_other_errors_are_not_tried_again() -> None:
     with pytest.raises(MemoryError):
         run_lean(work)
     assert tries == [1]
+
+
+def test_a_process_that_has_imported_everything_is_left_alone(user: str) -> None:
+    importlib.import_module("left_out")
+    assert run_lean(lambda: importlib.import_module("optional_package")).__file__
+    del sys.modules["left_out"], sys.modules["optional_package"]

@@ -26,6 +26,13 @@ def test_a_record_takes_only_so_many() -> None:
     assert kept[0] == PUBLIC
 
 
+def test_neighbours_keep_some_places_in_a_record() -> None:
+    relayed = [f"/ip4/8.8.8.8/tcp/{n}/p2p/12D3KooWExample/p2p-circuit" for n in range(20)]
+    kept = for_record([HOME, LOOPBACK, *relayed, "/ip4/8.8.8.8/tcp/1/" + "x" * 200])
+    assert kept == (*relayed[: MAX_RECORD_ADDRESSES - 2], HOME, LOOPBACK)
+    assert not any(map(is_public, relayed))
+
+
 @pytest.mark.parametrize(
     ("address", "public"),
     [
