@@ -147,11 +147,16 @@ class StateSender:
         terms = state.session.terms
         position_bytes = terms.rows * terms.hidden_size * ITEM_BYTES[terms.wire_dtype]
         per_chunk = max(1, JOURNAL_CHUNK_BYTES // position_bytes)
-        while (first := self._moved_journal) < min(end, state.journal.length):
-            last = min(first + per_chunk, end, state.journal.length)
-            chunk = JournalChunk(position=first, activations=state.journal.read(first, last))
-            self._moved_journal = last
-            await self._send(chunk)
+        first, end = self._moved_journal, min(end, state.journal.length)
+        self._moved_journal = end
+        for position in range(first, end, per_chunk):
+            last = min(position + per_chunk, end, state.journal.length)
+            if last <= position:  # rolled back meanwhile
+                self.changed(position)
+                return
+            await self._send(
+                JournalChunk(position=position, activations=state.journal.read(position, last))
+            )
 
     async def _send(self, chunk: CacheChunk | JournalChunk) -> None:
         self._digest.add(chunk)
@@ -175,6 +180,8 @@ class Mover:
 
     async def hand_over(self, message: HandOver, dial: Dial) -> HandedOver:
         """One round; failures come back as the answer's code."""
+        if self._target != (message.peer, message.session_id):
+            await self.close()  # which ends a round with another one that has got stuck
         async with self._one_round:
             try:
                 if message.final and self._state.session.steps_in_flight:

@@ -1,4 +1,4 @@
-"""Simulated swarms of 20 to 10,000 nodes: placement, outages, routing, control traffic and sessions.
+"""Simulated swarms of 20 to 10,000 nodes: placement, outages, routing, control, sessions.
 
     python -m scripts.bench.simulate                    # everything; hours on one core
     python -m scripts.bench.simulate --quick            # a small part of it, a minute

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from scripts.faults.answers import Session, Task
 from scripts.faults.arena import Arena, Fighter, until
 from scripts.faults.moments import HEALED_AFTER_TOKENS, Moment, Trigger
 from scripts.faults.network import OFFLINE, OFFLINE_S
 from scripts.faults.progress import Event
-from scripts.faults.sessions import Session, Task, Watched
+from scripts.faults.sessions import Watched
 from swarm.protocol.identity import PeerId
 
 CASE_TIMEOUT_S = 60.0

@@ -6,8 +6,9 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
+from scripts.faults.answers import Task
 from scripts.faults.arena import Arena
-from scripts.faults.sessions import Task, Watched
+from scripts.faults.sessions import Watched
 from swarm.client.config import SamplingSettings
 from swarm.protocol.errors import NoRouteError
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from scripts.faults.answers import Task
 from scripts.faults.arena import Arena
 from scripts.faults.cases import CASE_TIMEOUT_S, Case, CaseRunner, Outcome
 from scripts.faults.last_replica import lose_all_replicas
@@ -22,7 +23,7 @@ from scripts.faults.moments import Moment
 from scripts.faults.network import OFFLINE, Hosts
 from scripts.faults.processes import Kill
 from scripts.faults.report import matrix_document, print_matrix, print_outcome
-from scripts.faults.sessions import Task, Watched, make_tasks
+from scripts.faults.sessions import Watched, make_tasks
 from swarm.client.background import BackgroundLoop
 
 PROMPT_TOKENS = 96

@@ -24,11 +24,12 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from scripts.faults.answers import Session, Task
 from scripts.faults.arena import Arena
 from scripts.faults.network import OFFLINE, OFFLINE_S, Hosts
 from scripts.faults.progress import Event
 from scripts.faults.report import seconds_of
-from scripts.faults.sessions import Session, Task, Watched, make_tasks
+from scripts.faults.sessions import Watched, make_tasks
 from swarm.client.background import BackgroundLoop
 
 PROMPT_LENGTHS = (5, 24, 64, 128, 200, 300, 420, 512)

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 import pytest
 
+from scripts.faults.answers import Task
 from scripts.faults.arena import Arena
 from scripts.faults.cases import Case, CaseRunner, Outcome
 from scripts.faults.progress import Event
-from scripts.faults.sessions import Task, Watched, make_tasks
+from scripts.faults.sessions import Watched, make_tasks
 from swarm.client.background import BackgroundLoop
 
 PROMPT_TOKENS = 64

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import pytest
 
+from scripts.faults.answers import Session, Task
 from scripts.faults.moments import MOMENTS, Moment, Trigger
-from scripts.faults.progress import Event, WatchedStream
+from scripts.faults.progress import Event, WatchedChains, WatchedStream
 from scripts.faults.report import percentile
 from swarm.ports import Buffer
 from swarm.protocol.codec import PREFIX_BYTES, encode
@@ -15,6 +18,7 @@ from swarm.protocol.tensors import DType, WireTensor
 
 PEER = Identity.generate().peer_id
 OTHER = Identity.generate().peer_id
+TASK = Task(prompt=(1, 2), answer=(5, 6, 7))
 
 
 class RecordedStream:
@@ -104,3 +108,47 @@ def test_there_are_twenty_moments_with_names_of_their_own() -> None:
 @pytest.mark.parametrize(("percent", "value"), [(0, 1.0), (50, 3.0), (95, 4.0), (100, 4.0)])
 def test_percentiles(percent: int, value: float) -> None:
     assert percentile([4.0, 1.0, 3.0, 2.0], percent) == value
+
+
+class NoClient:
+    """For sessions that are not run."""
+
+    async def open_chain(self, *_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        return
+
+
+def session(tokens: list[int], times_s: list[float], *, ended: bool = True) -> Session:
+    chains = WatchedChains(NoClient(), lambda event: None)
+    return Session(TASK, chains, tokens=tokens, times_s=times_s, ended=ended)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ended", "right"),
+    [
+        ([5, 6, 7], True, True),
+        ([5, 6], False, True),
+        ([5, 6], True, False),  # one lost
+        ([5, 6, 6, 7], True, False),  # one twice
+        ([5, 7], False, False),
+    ],
+)
+def test_an_answer_is_right_when_no_token_is_lost_or_comes_twice(
+    tokens: list[int], ended: bool, right: bool
+) -> None:
+    assert session(tokens, [], ended=ended).is_right is right
+
+
+def test_a_token_that_was_on_its_way_does_not_hide_how_long_the_next_one_took() -> None:
+    answered = session([5, 6, 7], [1.0, 2.0, 5.0])
+    assert answered.stall_s(0.5) == 1.0
+    assert answered.stall_s(1.9) == 3.0
+    assert answered.stall_s(5.5) is None
+    assert answered.longest_step_s(1.9) == 3.0
+    assert answered.median_step_s == 2.0
+
+
+def test_a_shorter_answer_to_the_same_question() -> None:
+    assert TASK.variant(2, speculative=True) == Task((1, 2), (5, 6), speculative=True)
