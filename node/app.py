@@ -450,10 +450,12 @@ def _with_load(record: NodeRecord, engine: SpanEngine) -> NodeRecord:
     return replace(
         record,
         decode_tokens_per_s=int(engine.decode_tokens_per_s),
+        batched_tokens_per_s=int(engine.batched_tokens_per_s),
         prefill_tokens_per_s=int(engine.prefill_tokens_per_s),
         cache_tokens_total=load.cache_tokens_total,
         cache_tokens_free=load.cache_tokens_free if record.takes_sessions else 0,
         queued_steps=load.queued_steps,
+        busy_permille=min(1000, round(load.busy_fraction * 1000)),
     )
 
 

@@ -23,6 +23,9 @@ _CACHE_SHARE = 0.25
 """Share of the usable memory that is kept for caches when blocks are counted."""
 _MINIMUM_CACHE_BYTES = 64 * 1024 * 1024
 _BENCHMARK_S = 0.15
+_BENCHMARK_BATCH_TOKENS = 8
+"""As many sessions as a busy node computes at once: the linears, which take the time, see as many
+rows as here."""
 _BENCHMARK_PREFILL_TOKENS = 256
 
 
@@ -60,6 +63,7 @@ class MeasuredSpeed:
     """Tokens per second through one block, for announcements."""
 
     decode_tokens_per_s: float
+    batched_tokens_per_s: float
     prefill_tokens_per_s: float
 
 
@@ -72,6 +76,7 @@ def measure_speed(span: Span) -> MeasuredSpeed:
     """
     return MeasuredSpeed(
         decode_tokens_per_s=_tokens_per_s(span, 1),
+        batched_tokens_per_s=_tokens_per_s(span, _BENCHMARK_BATCH_TOKENS),
         prefill_tokens_per_s=_tokens_per_s(span, _BENCHMARK_PREFILL_TOKENS),
     )
 

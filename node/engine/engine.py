@@ -115,6 +115,11 @@ class SpanEngine:
         return self._speed.decode_tokens_per_s
 
     @property
+    def batched_tokens_per_s(self) -> float:
+        """Through one block, decoding for several sessions at once."""
+        return self._speed.batched_tokens_per_s
+
+    @property
     def prefill_tokens_per_s(self) -> float:
         """Through one block, in chunks; measured when the span was loaded."""
         return self._speed.prefill_tokens_per_s
@@ -212,8 +217,9 @@ class SpanEngine:
             raise ProtocolError(ErrorCode.BAD_FIELD, "row_order")
 
     async def close(self) -> None:
-        """Finish the running batch, refuse the queue, end the device thread."""
+        """Finish the running batch, refuse the queue, end the device thread, free the weights."""
         await self._worker.close()
+        self._span.release()
 
 
 def load_engine_blocking(

@@ -54,6 +54,12 @@ class Span:
     _rotary: nn.Module
     _rotary_takes_layer_type: bool
 
+    def release(self) -> None:
+        """Give the weights back; nothing can be computed afterwards."""
+        self.layers.clear()
+        self.layouts = Layouts(())
+        return_freed_memory()
+
     @torch.inference_mode()
     def forward(
         self, hidden: torch.Tensor, batch: RaggedBatch, first_block: int, end_block: int

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import pytest
@@ -28,6 +28,8 @@ from swarm.protocol.identity import Identity
 from tests.integration.lab_client import PROMPT
 
 BLOCKS = 4
+T = TypeVar("T")
+
 LONG_ANSWER = 400
 LINK = Link(latency_ms=10)
 TIMEOUT_S = 120.0
@@ -36,7 +38,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "passive",
     "HF_HUB_OFFLINE": "1",
-    "SWARM_NODE_ANNOUNCE_PERIOD_S": "1",
+    "SWARM_NODE_ANNOUNCE_PERIOD_S": "5",
 }
 
 
@@ -185,10 +187,11 @@ def relays_of(addresses: Sequence[str]) -> set[str]:
     return {address.split("/")[2] for address in addresses if "/p2p-circuit" in address}
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+def wait_for(wanted: T, read: Callable[[], T], timeout_s: float) -> None:
+    """Read again and again; fails with what was read last."""
     deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s
+    while (current := read()) != wanted:
+        assert time.monotonic() < deadline_s, current
         time.sleep(0.2)
 
 
@@ -227,7 +230,7 @@ def test_two_nodes_and_a_user_behind_routers(lab: Lab, checkpoint: Path, tmp_pat
     user.say(f"generate {LONG_ANSWER}")
     country.open_seed()
     assert json.loads(user.line()) == expected
-    wait_until(lambda: country.packets("first", "second") > 0, 30)
+    wait_for(True, lambda: country.packets("first", "second") > 0, 30)
     assert user.ask("generate 5") == expected[: len(PROMPT) + 5]
     before = country.packets("first", "second")
     assert user.ask("generate 50") == expected[: len(PROMPT) + 50]
@@ -237,11 +240,10 @@ def test_two_nodes_and_a_user_behind_routers(lab: Lab, checkpoint: Path, tmp_pat
     country.seeds[1].process.kill()
     living = {host.address for number, host in enumerate(country.seed_hosts) if number != 1}
 
-    def is_replaced() -> bool:
-        nodes = user.ask("nodes")
-        return [relays_of(addresses) for addresses in nodes.values()] == [living] * 2
+    def announced() -> list[set[str]]:
+        return [relays_of(addresses) for addresses in user.ask("nodes").values()]
 
-    wait_until(is_replaced, 30)
+    wait_for([living, living], announced, 30)
     assert user.ask("generate 5") == expected[: len(PROMPT) + 5]
 
 
@@ -265,4 +267,5 @@ def test_one_relay_is_enough_and_may_lose_its_daemon(lab: Lab, tmp_path: Path) -
     (daemon,) = (child for child in keeper.children(recursive=True) if child.name() == "p2pd")
     daemon.kill()
     daemon.wait(10)
-    wait_until(lambda: first.ask(f"open {names[second]} {' '.join(reached[second])}") is True, 30)
+    again = f"open {names[second]} {' '.join(reached[second])}"
+    wait_for(True, lambda: first.ask(again), 30)

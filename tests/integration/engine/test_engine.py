@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -297,3 +298,14 @@ async def test_steps_of_one_session_run_in_order(make_tiny: Any, load_chain: Any
         tensor_from_wire(whole.activations),
     )
     await chain.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
+async def test_closing_frees_the_weights(family: str, make_tiny: Any, load_chain: Any) -> None:
+    """At once: a node that moves loads other blocks into the same memory."""
+    (engine,) = load_chain(make_tiny(family), [(0, 6)]).engines
+    cache = engine.reserve(request())
+    await engine.step(cache, step_of(activations(1, 4), 0))
+    layers = [weakref.ref(layer) for layer in engine._span.layers]
+    await engine.close()
+    assert [layer() for layer in layers] == [None] * 6

@@ -76,7 +76,7 @@ class ToyMover:
             vectors = block_vectors(self.directory.announced.values(), BLOCKS)
             if decision_interval_s(vectors) < DEFAULTS.interval_s:
                 return vectors
-            await asyncio.sleep(8.0)
+            await asyncio.sleep(60.0)
 
     async def announce(self, node: PlacedNode) -> None:
         self.log.append(f"{node.state.name} {node.first_block}:{node.end_block}")
@@ -208,10 +208,10 @@ def run_all(directory: Directory, names: str, hours: float, seed: int) -> list[T
     return movers
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 def test_movers_together_balance_the_swarm_and_never_uncover_a_block(seed: int) -> None:
     directory = Directory(*(node(name, 0, 4) for name in "abcdef"), node("g", 4, 8))
-    run_all(directory, "abcdefg", hours=3.0, seed=seed)
+    run_all(directory, "abcdefg", hours=1.5, seed=seed)
     assert directory.uncovered == []
     first_half = sum(n.first_block < 2 for n in directory.served.values())
     assert 3 <= first_half <= 4
