@@ -16,31 +16,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from swarm.client.healing import HEAL_ATTEMPTS, Patience, could_not_heal, could_not_open
-from swarm.client.hops import Hops, HopTimeouts, NothingToReplay, Resumption, SessionRequest
+from swarm.client.healing import HEAL_ATTEMPTS, Healer, Patience
+from swarm.client.hops import Hops, HopTimeouts, SessionRequest
 from swarm.client.link import HopFailed, HopTimes, Link
 from swarm.client.moving import Moves
 from swarm.client.planner import Planner
 from swarm.client.router import failure_kind
+from swarm.client.steps import Steps
 from swarm.client.watch import Watch, WatchSettings
 from swarm.connection import remote_error
-from swarm.journal import Journal, JournalBudget
+from swarm.journal import JournalBudget
 from swarm.pieces import join_tokens, slice_tokens
 from swarm.ports import Clock, Transport
 from swarm.protocol.errors import (
     ErrorCode,
     NetworkError,
-    NoRouteError,
     ProtocolError,
     SwarmError,
 )
 from swarm.protocol.identity import PeerId
 from swarm.protocol.messages import (
-    MAX_DEADLINE_MS,
     CloseSession,
     Draining,
     Error,
@@ -48,10 +46,8 @@ from swarm.protocol.messages import (
     Ping,
     Pong,
     SessionClosed,
-    Step,
     StepResult,
 )
-from swarm.protocol.session import ClientSession, SessionTerms, accepted_step_tokens
 from swarm.protocol.tensors import WireTensor
 from swarm.routing import ChainPlan, is_one_machine
 
@@ -59,11 +55,6 @@ log = logging.getLogger(__name__)
 
 PIPELINED_PIECE_TOKENS = 128
 """Small enough to fill a chain of a few hops with a common prompt, large enough for the device."""
-STEPS_IN_FLIGHT = 4
-MENDS_WITHOUT_RESULT = 3
-JOINT_GRACE_S = 0.2
-"""A stream between two hops that breaks mostly means that one of them is gone: its own stream to
-the client then breaks too, a moment later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +122,10 @@ class Chain:
             on_open=self._start_reading,
             on_loss=self._lost,
         )
-        self._session = ClientSession(
-            SessionTerms(
-                rows=request.rows,
-                maximum_tokens=request.maximum_tokens,
-                hidden_size=request.hidden_size,
-                wire_dtype=request.wire_dtype,
-                wire_encoding=request.wire_encoding,
-                maximum_step_tokens=accepted_step_tokens(request.hidden_size, request.wire_dtype),
-                maximum_steps_in_flight=STEPS_IN_FLIGHT,
-            )
+        self._steps = Steps(request, journal_budget or JournalBudget())
+        self._session = self._steps.session
+        self._healer = Healer(
+            self._hops, self._steps, planner, clock=clock, count_failure=self._count_failure
         )
         self._watch = Watch(
             self._hops,
@@ -150,22 +135,11 @@ class Chain:
             settings=self._timeouts.watch,
             mend=self._mend,
         )
-        self._journal = Journal(
-            rows=request.rows,
-            hidden_size=request.hidden_size,
-            dtype=request.wire_dtype,
-            budget=journal_budget or JournalBudget(),
-        )
-        self._sent: deque[Step] = deque(maxlen=STEPS_IN_FLIGHT)
-        self._results: dict[int, asyncio.Future[StepResult]] = {}
-        self._may_issue = asyncio.Event()
-        self._may_issue.set()
         loop = asyncio.get_running_loop()
         self._opened: asyncio.Future[None] = loop.create_future()
         self._whole: asyncio.Future[None] = loop.create_future()
         """Done while the chain is whole; its exception says why it could not be healed."""
         self._trouble = asyncio.Event()
-        self._broken_joints: set[Link] = set()
         self._accusers: set[PeerId] = set()
         self._goodbyes = asyncio.Semaphore(0)
         self._closing = asyncio.Event()
@@ -311,7 +285,7 @@ class Chain:
         finally:
             self._report()
             self._fail(NetworkError("the chain is closed"))
-            self._journal.drop()
+            self._steps.close()
             self._ended.set()
 
     async def _open(self) -> None:
@@ -361,96 +335,22 @@ class Chain:
 
     async def _heal(self, patience: Patience) -> None:
         """Make the chain whole again. Raises NoRouteError that says what was tried."""
-        async with self._reshaping:
-            await self._fill_gaps(patience)
-
-    async def _fill_gaps(self, patience: Patience) -> None:
-        hops = self._hops
+        opening = not self._opened.done()
         started_s = self._clock.monotonic_s()
-        failures: list[HopFailed] = []
-        excluded: list[PeerId] = []
-        while True:
-            gap = hops.first_gap
-            if gap is None and not self._broken_joints:
-                break
-            try:
-                if gap is not None:
-                    resume = Resumption.of(self._session)
-                    fresh = await hops.fill(*gap, resume, self._journal, excluded)
-                    # Their streams are all new; so is that to the hop behind the gap.
-                    self._broken_joints.difference_update(fresh)
-                    following = hops.following(fresh[-1])
-                    if following is not None:
-                        self._broken_joints.discard(following)
-                    if gap[0] == 0:
-                        await self._send_again(fresh[0], resume.step)
-                else:
-                    await self._mend_joint(self._broken_joints.pop())
-            except HopFailed as error:
-                failures.append(error)
-                excluded.append(error.peer_id)
-                self._count_failure(error)
-                hops.blame(error)
-                if len(failures) >= patience.attempts:
-                    raise self._unhealed(gap, failures, None) from error
-            except (NoRouteError, NetworkError) as error:
-                is_full = isinstance(error, NoRouteError) and error.retry_after_ms > 0
-                if (is_full and not self._opened.done()) or not await patience.wait(self._planner):
-                    raise self._unhealed(gap, failures, error) from error
-                excluded.clear()  # they may be back, or were not to blame
-            except NothingToReplay as error:
-                raise self._unhealed(gap, failures, error) from error
-        if self._opened.done() and self._observer is not None:
-            self._observer.healed(
-                self._clock.monotonic_s() - started_s, hops.replayed_tokens, hops.replayed_bytes
-            )
-        hops.replayed_tokens = hops.replayed_bytes = 0
-
-    def _unhealed(
-        self, gap: tuple[int, int] | None, failures: list[HopFailed], last: SwarmError | None
-    ) -> SwarmError:
-        if self._opened.done():
-            return could_not_heal(gap, failures, last)
-        return could_not_open(failures, last)
-
-    async def _send_again(self, first: Link, resume_step: int) -> None:
-        """Steps from ``resume_step`` on, to a first hop that has not seen them."""
-        for step in self._sent:
-            if step.step >= resume_step:
-                try:
-                    await first.connection.send(step)
-                except NetworkError as error:
-                    raise HopFailed(first.hop, error) from error
-
-    async def _mend_joint(self, link: Link) -> None:
-        """Give ``link`` a new stream from the hop before, unless one of them turns out gone."""
-        await self._clock.sleep(JOINT_GRACE_S)
-        before = self._hops.previous_of(link) if link.failure is None else None
-        if before is None:
-            return
-        link.mended += 1
-        if link.mended > MENDS_WITHOUT_RESULT:
-            raise HopFailed(link.hop, NetworkError("cannot be joined to the hop before"))
-        await self._hops.join_again(before, link, self._session.resume_step)
+        async with self._reshaping:
+            await self._healer.heal(patience, opening=opening)
+        sent_again = self._hops.take_replayed()
+        if self._observer is not None and not opening:
+            self._observer.healed(self._clock.monotonic_s() - started_s, *sent_again)
 
     async def _break_off(self, error: SwarmError) -> None:
         """Healing failed: callers are told, and the next step begins with fresh hops."""
         for link in tuple(self._hops.links):
-            failure = HopFailed(link.hop, error)
-            self._hops.lose(link, failure)
-        self._session.give_up()
-        self._journal.cut(self._session.length)
-        self._sent.clear()
-        self._broken_joints.clear()
-        for future in self._results.values():
-            if not future.done():
-                future.set_exception(error)
-                future.exception()  # its waiter may have been cancelled
-        self._results.clear()
-        self._may_issue.set()
+            self._hops.lose(link, HopFailed(link.hop, error))
+        self._steps.give_up(error)
         self._trouble.clear()
         self._whole.set_exception(error)
-        self._whole.exception()
+        self._whole.exception()  # nobody may be waiting
 
     async def _be_whole(self) -> None:
         """Wait while the chain heals; a chain that could not be healed tries again."""
@@ -549,7 +449,7 @@ class Chain:
         """A hop was given up."""
         self._timed = None
         self._relayed += self._relayed_by_client(link)
-        self._broken_joints.discard(link)
+        self._healer.forget(link)
         if link.failure is not None:
             log.info("lost a hop: %s", link.failure)
             self._count_failure(link.failure)
@@ -616,12 +516,12 @@ class Chain:
 
     def _mend(self, link: Link) -> None:
         """Give ``link`` a new stream from the hop before it, soon."""
-        self._broken_joints.add(link)
+        self._healer.break_joint(link)
         self._timed = None
         self._trouble.set()
 
     def _take_result(self, result: StepResult) -> None:
-        issued = self._session.accept(result)
+        issued = self._steps.take(result)
         if issued is None:
             return
         for link, queue_us, compute_us in zip(
@@ -638,10 +538,6 @@ class Chain:
                 self._clock.monotonic_s() - self._timed[1],
             )
         self._passes += 1
-        future = self._results.pop(issued.step)
-        if not future.done():
-            future.set_result(result)
-        self._may_issue.set()
 
     # --- steps
     async def _send(
@@ -653,33 +549,21 @@ class Chain:
         row_order: tuple[int, ...],
         deadline_s: float | None,
     ) -> asyncio.Future[StepResult]:
-        session = self._session
-        while not (self._is_whole and session.may_issue):
+        while not (self._is_whole and self._session.may_issue):
             # While a gap is being filled no step is added: the hops keep the results of only so
             # many, and the replacement needs all of them.
             await self._be_whole()
-            await self._may_issue.wait()
+            await self._steps.window()
             self._require_usable()
-        issued = session.issue(position, activations.shape[1], output_tokens)
-        if not session.may_issue:
-            self._may_issue.clear()
-        self._journal.append(position, activations, row_order)
-        loop = asyncio.get_running_loop()
-        future = self._results[issued.step] = loop.create_future()
-        left_ms = MAX_DEADLINE_MS
-        if deadline_s is not None:
-            left_ms = min(max(1, round((deadline_s - loop.time()) * 1000)), MAX_DEADLINE_MS)
-        step = Step(
-            step=issued.step,
-            position=issued.position,
-            output_tokens=issued.output_tokens,
-            activations=replace(activations, encoding=session.terms.wire_encoding),
+        step, future = self._steps.issue(
+            activations,
+            position,
+            output_tokens=output_tokens,
             row_order=row_order,
-            deadline_ms=left_ms,
+            deadline_s=deadline_s,
         )
-        self._sent.append(step)
-        if self._request.rows == issued.tokens == len(self._results) == 1:
-            self._timed = (issued.step, self._clock.monotonic_s())
+        if self._request.rows == activations.shape[1] == self._steps.in_flight == 1:
+            self._timed = (step.step, self._clock.monotonic_s())
         self._watch.wake()
         first = self._hops.links[0]
         try:
@@ -715,13 +599,11 @@ class Chain:
         if self._failure is not None:
             return
         self._failure = error
-        waiting: list[asyncio.Future[Any]] = [self._opened, self._whole, *self._results.values()]
-        for future in waiting:
+        for future in (self._opened, self._whole):
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # nobody may be waiting
-        self._results.clear()
-        self._may_issue.set()
+        self._steps.give_up(error)
         self._closing.set()
         self._trouble.set()
 

@@ -1,13 +1,16 @@
-"""What a client tries when hops are missing, for how long, and how it says that it failed."""
+"""What a client does when hops are missing, for how long, and how it says that it failed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from swarm.client.link import HopFailed
+from swarm.client.hops import Hops, NothingToReplay, Resumption
+from swarm.client.link import HopFailed, Link
 from swarm.client.planner import Planner
+from swarm.client.steps import Steps
 from swarm.ports import Clock
-from swarm.protocol.errors import ErrorCode, NoRouteError, SwarmError
+from swarm.protocol.errors import ErrorCode, NetworkError, NoRouteError, SwarmError
+from swarm.protocol.identity import PeerId
 from swarm.routing import block_ranges
 
 OPEN_ATTEMPTS = 4
@@ -18,6 +21,10 @@ join a moment ago may be ready, and one that could not be reached may only have 
 HEAL_ATTEMPTS = 16
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 2.0
+MENDS_WITHOUT_RESULT = 3
+JOINT_GRACE_S = 0.2
+"""A stream between two hops that breaks mostly means that one of them is gone: its own stream to
+the client then breaks too, a moment later."""
 _NO_ROOM = (ErrorCode.NO_CAPACITY, ErrorCode.TOO_MANY_SESSIONS)
 
 
@@ -56,6 +63,100 @@ class Patience:
         await self._clock.sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
         return True
+
+
+class Healer:
+    """Fills the gaps of one chain and mends its joints."""
+
+    def __init__(
+        self,
+        hops: Hops,
+        steps: Steps,
+        planner: Planner,
+        *,
+        clock: Clock,
+        count_failure: Callable[[HopFailed], None],
+    ) -> None:
+        self._hops = hops
+        self._steps = steps
+        self._planner = planner
+        self._clock = clock
+        self._count_failure = count_failure
+        self._broken_joints: set[Link] = set()
+
+    def break_joint(self, link: Link) -> None:
+        """``link`` needs a new stream from the hop before it."""
+        self._broken_joints.add(link)
+
+    def forget(self, link: Link) -> None:
+        """A hop that is lost has no joint to be mended."""
+        self._broken_joints.discard(link)
+
+    async def heal(self, patience: Patience, *, opening: bool) -> None:
+        """Make the chain whole. Raises NoRouteError that says what was tried."""
+        hops = self._hops
+        failures: list[HopFailed] = []
+        excluded: list[PeerId] = []
+        while True:
+            gap = hops.first_gap
+            if gap is None and not self._broken_joints:
+                return
+            try:
+                if gap is not None:
+                    await self._fill(gap, excluded)
+                else:
+                    await self._mend(self._broken_joints.pop())
+            except HopFailed as error:
+                failures.append(error)
+                excluded.append(error.peer_id)
+                self._count_failure(error)
+                hops.blame(error)
+                if len(failures) >= patience.attempts:
+                    raise _unhealed(gap, failures, None, opening=opening) from error
+            except (NoRouteError, NetworkError) as error:
+                is_full = isinstance(error, NoRouteError) and error.retry_after_ms > 0
+                if (is_full and opening) or not await patience.wait(self._planner):
+                    raise _unhealed(gap, failures, error, opening=opening) from error
+                excluded.clear()  # they may be back, or were not to blame
+            except NothingToReplay as error:
+                raise _unhealed(gap, failures, error, opening=opening) from error
+
+    async def _fill(self, gap: tuple[int, int], excluded: Sequence[PeerId]) -> None:
+        hops, steps = self._hops, self._steps
+        resume = Resumption.of(steps.session)
+        fresh = await hops.fill(*gap, resume, steps.journal, excluded)
+        # Their streams are all new; so is that to the hop behind the gap.
+        self._broken_joints.difference_update(fresh)
+        following = hops.following(fresh[-1])
+        if following is not None:
+            self._broken_joints.discard(following)
+        if gap[0] == 0:
+            for step in steps.sent_since(resume.step):
+                try:
+                    await fresh[0].connection.send(step)
+                except NetworkError as error:
+                    raise HopFailed(fresh[0].hop, error) from error
+
+    async def _mend(self, link: Link) -> None:
+        """Give ``link`` a new stream from the hop before, unless one of them turns out gone."""
+        await self._clock.sleep(JOINT_GRACE_S)
+        before = self._hops.previous_of(link) if link.failure is None else None
+        if before is None:
+            return
+        link.mended += 1
+        if link.mended > MENDS_WITHOUT_RESULT:
+            raise HopFailed(link.hop, NetworkError("cannot be joined to the hop before"))
+        await self._hops.join_again(before, link, self._steps.session.resume_step)
+
+
+def _unhealed(
+    gap: tuple[int, int] | None,
+    failures: Sequence[HopFailed],
+    last: SwarmError | None,
+    *,
+    opening: bool,
+) -> SwarmError:
+    return could_not_open(failures, last) if opening else could_not_heal(gap, failures, last)
 
 
 def could_not_open(failures: Sequence[HopFailed], last: SwarmError | None) -> SwarmError:

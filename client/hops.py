@@ -109,9 +109,8 @@ class Hops:
     ) -> None:
         """``on_open`` starts the reader of a link; ``on_loss`` hears of each link given up."""
         self.links: list[Link] = []
-        self.replayed_tokens = 0
-        self.replayed_bytes = 0
-        """By this client itself; what hops replay to each other they count themselves."""
+        self._replayed_tokens = 0
+        self._replayed_bytes = 0
         self._transport = transport
         self._planner = planner
         self._request = request
@@ -138,6 +137,15 @@ class Hops:
                 return covered, link.hop.first_block
             covered = link.hop.end_block
         return (covered, self._number_of_blocks) if covered < self._number_of_blocks else None
+
+    def take_replayed(self) -> tuple[int, int]:
+        """Tokens and bytes that the client itself replayed since this was asked last.
+
+        What hops replay to each other they count themselves.
+        """
+        replayed = self._replayed_tokens, self._replayed_bytes
+        self._replayed_tokens = self._replayed_bytes = 0
+        return replayed
 
     @property
     def all_links(self) -> list[Link]:
@@ -411,8 +419,8 @@ class Hops:
                 )
             except NetworkError as error:
                 raise HopFailed(first.hop, error) from error
-            self.replayed_tokens += piece.shape[0] * piece.shape[1]
-            self.replayed_bytes += len(piece.data)
+            self._replayed_tokens += piece.shape[0] * piece.shape[1]
+            self._replayed_bytes += len(piece.data)
 
     # --- moving off a hop that leaves
     async def open_in_place_of(self, leaving: Link, hop: PlannedHop, before: Link | None) -> Link:

@@ -159,7 +159,10 @@ class Relocation(Generic[E]):
             await self._service.end_sessions()
 
     async def swap(self, span: Span) -> None:
-        """Serve ``span`` from now on. Raises SwarmError; the old blocks are then served again."""
+        """Serve ``span`` from now on. Raises SwarmError; the old blocks are then served again.
+
+        Raises RuntimeError when these are lost too: nothing can be served any more.
+        """
         before = _span_of(self.engine)
         try:
             if self._spare is None:
@@ -169,7 +172,10 @@ class Relocation(Generic[E]):
                 self._spare, engine = self.engine, self._spare
                 self._serve(engine)
         except SwarmError:
-            self._serve(await self._loaded(before))
+            try:
+                self._serve(await self._loaded(before))
+            except SwarmError as error:
+                raise RuntimeError(f"blocks {before} cannot be loaded again") from error
             raise
         log.info("serves blocks %s instead of %s", _span_of(self.engine), before)
 

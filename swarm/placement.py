@@ -4,14 +4,15 @@ Every node maximises the same bounded potential by its own span, so that selfish
 in a fixed point (a potential game): a node that moves raises what all others maximise as well.
 
     F = sum over blocks of f(block)
-    f = - (mean / (throughput + 0.02 mean))^2         the weakest block is the swarm's speed
+    f = - (mean / (throughput + 0.02 mean))^3         the weakest block is the swarm's speed
         - 0.3 (3 - expected replicas)+^2              a node that just came may go again
         - 1.0 (2 - organisations)+^2                  one organisation fails as one
-        - 0.3 share (its mean / its throughput)^2     a country with nodes to spare stands alone
+        - 0.01 share (its mean / its throughput)^3    a country with nodes to spare stands alone
 
 ``throughput`` of a block is the sum of (batched speed / blocks hosted) of its nodes and ``mean``
 all speed / blocks of the model, which no placement can exceed. A block without any throughput
-costs 2,500 (the 0.02), so that coverage comes before everything else.
+costs 125,000 (the 0.02), so that coverage comes before everything else. Where replicas are scarce
+the exponent is 2: replicas and organisations weigh more then, and nodes move less often.
 
 A node counts where it will be: JOINING and MOVING nodes at their target. A move must never uncover
 a block, so leaving counts only others that serve it now and do not mean to leave it: movers publish
@@ -48,10 +49,11 @@ class PlacementSettings:
     replica_weight: float = 0.3
     wanted_organisations: int = 2
     organisation_weight: float = 1.0
-    country_weight: float = 0.3
+    country_weight: float = 0.01
+    """Enough to close a country's gaps (each counts 125,000 of these); more costs moves."""
     country_redundancy: float = 1.5
     """A country with less stands alone anyhow for nobody: no term for it."""
-    swarm_redundancy: float = 6.0
+    swarm_redundancy: float = 4.0
     """A swarm with less has no nodes to spare for borders."""
     patience_s: float = 3600.0
     """A span that loads so long is worth half."""

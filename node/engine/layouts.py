@@ -58,6 +58,11 @@ class Layouts:
         self._packed_layers = 0
         """So many, from the first on, are packed."""
 
+    def release(self) -> None:
+        """Let go of the layers."""
+        self._layers.clear()
+        self._packed_layers = 0
+
     def after_step(self, rows: int) -> None:
         """Note a step, and change at most one layer."""
         self._steps.saw(rows)

@@ -57,7 +57,7 @@ class Span:
     def release(self) -> None:
         """Give the weights back; nothing can be computed afterwards."""
         self.layers.clear()
-        self.layouts = Layouts(())
+        self.layouts.release()
         return_freed_memory()
 
     @torch.inference_mode()

@@ -49,6 +49,8 @@ class Outcome:
     """Between two tokens of this session."""
     duration_s: float = 0.0
     heals: int = 0
+    hand_overs: int = 0
+    """Hops that moved to another node without being computed again."""
     replayed_tokens: int = 0
     replayed_bytes: int = 0
     problems: list[str] = field(default_factory=list)
@@ -64,6 +66,7 @@ class CaseRunner:
         self._speculative = speculative
         self._listeners: list[Callable[[Event], None]] = []
         self._serving: dict[int, PeerId] = {}
+        self._hand_overs = 0
         self._tasks_at_rest = 0
 
     def hear(self, event: Event) -> None:
@@ -72,6 +75,7 @@ class CaseRunner:
             fighter = self._arena.fighters.get(event.peer)
             if fighter is not None:
                 self._serving[fighter.stage] = fighter.peer_id
+        self._hand_overs += (event.what, event.message) == ("received", "HandedOver")
         for listener in tuple(self._listeners):
             listener(event)
 
@@ -102,6 +106,7 @@ class CaseRunner:
         for stage in case.stages:
             await self._arena.wait_for_live(stage, needed)
         self._serving.clear()
+        self._hand_overs = 0
         heals = self._watched.heals
         recomputed = await self._arena.recomputed_tokens()
         started_s = time.monotonic()
@@ -135,6 +140,7 @@ class CaseRunner:
                 await self._arena.mend(fighter)
         outcome.problems += await self._arena.leaks(LEAK_TIMEOUT_S)
         outcome.heals = self._watched.heals - heals
+        outcome.hand_overs = self._hand_overs
         outcome.replayed_tokens = await self._arena.recomputed_tokens() - recomputed
         outcome.replayed_bytes = outcome.replayed_tokens * self._watched.token_bytes
         return outcome

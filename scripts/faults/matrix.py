@@ -90,9 +90,11 @@ async def timed(
     """A fault in the middle of ``task``, and a line that says how it is to its limit."""
     outcome = await runner.run(Case(kind, TIMED_MOMENT, (stage,)), task)
     if kind == SLOW:
-        outcome.problems += [] if outcome.heals else ["the slow hop was not replaced"]
-        return outcome, f"{outcome.case.label}: replaced {outcome.heals} times"
+        replaced = outcome.heals + outcome.hand_overs
+        outcome.problems += [] if replaced else ["the slow hop was not replaced"]
+        return outcome, f"{outcome.case.label}: replaced {replaced} times"
     if kind == DRAIN:
+        outcome.problems += [] if outcome.hand_overs else ["nothing was handed over"]
         taken_s, limit_s = outcome.longest_step_s, DRAIN_FACTOR * outcome.median_step_s
     else:
         taken_s = outcome.stall_s if outcome.stall_s is not None else CASE_TIMEOUT_S

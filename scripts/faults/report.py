@@ -24,7 +24,10 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
     """One line for one case."""
     stall = "no token after it" if outcome.stall_s is None else f"{outcome.stall_s:.2f} s"
     verdict = "[red]FAILED[/]" if outcome.problems else "[green]ok[/]"
-    console.print(f"  {verdict}  {outcome.case.label}: {stall}, {outcome.heals} heals")
+    console.print(
+        f"  {verdict}  {outcome.case.label}: {stall}, "
+        f"{outcome.heals} heals, {outcome.hand_overs} hand-overs"
+    )
     for problem in outcome.problems:
         console.print(f"      {escape(problem)}", style="red", soft_wrap=True)
 
@@ -78,6 +81,7 @@ def matrix_document(outcomes: Sequence[Outcome], problems: Sequence[str]) -> dic
                 "stall_s": outcome.stall_s,
                 "duration_s": outcome.duration_s,
                 "heals": outcome.heals,
+                "hand_overs": outcome.hand_overs,
                 "replayed_tokens": outcome.replayed_tokens,
                 "replayed_bytes": outcome.replayed_bytes,
                 "problems": outcome.problems,

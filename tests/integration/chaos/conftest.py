@@ -19,6 +19,8 @@ from swarm.client.background import BackgroundLoop
 
 PROMPT_TOKENS = 64
 NEW_TOKENS = 16
+SPECULATED_TOKENS = 32
+PATIENT_TOKENS = 64
 
 T = TypeVar("T")
 
@@ -31,24 +33,26 @@ class Chaos:
     watched: Watched
     cases: CaseRunner
     plain: Task
+    patient: Task
+    """The same with a longer answer."""
     background: BackgroundLoop
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run on the client's loop and wait."""
         return self.background.run(work)
 
-    def strike(self, case: Case) -> Outcome:
+    def strike(self, case: Case, task: Task | None = None) -> Outcome:
         """One session with one fault; all is as it should be, or the test fails."""
-        outcome = self.run(self.cases.run(case))
+        outcome = self.run(self.cases.run(case, task))
         assert outcome.problems == [], case.label
         return outcome
 
 
 @pytest.fixture(scope="module")
 def chaos(smollm2_path: Path) -> Iterator[Chaos]:
-    (looked_up,) = make_tasks(smollm2_path, [PROMPT_TOKENS], 2 * NEW_TOKENS)
-    plain = looked_up.variant(NEW_TOKENS)
-    looked_up = looked_up.variant(2 * NEW_TOKENS, speculative=True)
+    (patient,) = make_tasks(smollm2_path, [PROMPT_TOKENS], PATIENT_TOKENS)
+    plain = patient.variant(NEW_TOKENS)
+    looked_up = patient.variant(SPECULATED_TOKENS, speculative=True)
     background = BackgroundLoop("chaos")
     hearing: list[CaseRunner] = []
 
@@ -64,7 +68,7 @@ def chaos(smollm2_path: Path) -> Iterator[Chaos]:
             background.run(watched.connect(arena.swarm.peers))
             try:
                 assert background.run(cases.warm_up()) == []
-                yield Chaos(arena, watched, cases, plain, background)
+                yield Chaos(arena, watched, cases, plain, patient, background)
                 assert background.run(cases.leftovers()) == []
             finally:
                 background.run(_quietly_mended(arena))

@@ -18,6 +18,11 @@ PREFILLING = Moment("prompt sent", "prefill", "sent", "Step")
 ROLLING_BACK = Moment("first rollback", "rollback", "rollback", speculative=True)
 
 
+def test_a_node_that_leaves_hands_its_session_over(chaos: Chaos) -> None:
+    outcome = chaos.strike(Case("drain", DECODING, (1,)), chaos.patient)
+    assert (outcome.hand_overs, outcome.heals, outcome.replayed_tokens) == (1, 0, 0)
+
+
 @pytest.mark.parametrize("hop", [0, 1, 2])
 def test_a_hop_is_killed_between_two_tokens(chaos: Chaos, hop: int) -> None:
     outcome = chaos.strike(Case("kill", DECODING, (hop,)))

@@ -51,6 +51,8 @@ def potential(nodes: Sequence[PlacedNode], blocks: int) -> float:
     """The definition, block by block, without vectors."""
     mean = sum(n.speed for n in nodes) / blocks
     hosted = sum(n.planned[1] - n.planned[0] for n in nodes)
+    expected = sum(n.availability * (n.planned[1] - n.planned[0]) for n in nodes)
+    exponent = 2 if expected < 3 * blocks else 3
     total = 0.0
     countries = {n.country for n in nodes if n.country}
     for block in range(blocks):
@@ -58,17 +60,17 @@ def potential(nodes: Sequence[PlacedNode], blocks: int) -> float:
         throughput = sum(n.speed / (n.planned[1] - n.planned[0]) for n in here)
         replicas = sum(n.availability for n in here)
         owners = {n.organisation or n.peer_id for n in here}
-        total -= (mean / (throughput + 0.02 * mean)) ** 2
+        total -= (mean / (throughput + 0.02 * mean)) ** exponent
         total -= 0.3 * max(0.0, 3 - replicas) ** 2 + max(0, 2 - len(owners)) ** 2
         for country in countries:
             own = [n for n in nodes if n.country == country]
             own_hosted = sum(n.planned[1] - n.planned[0] for n in own)
-            if own_hosted < 1.5 * blocks or hosted < 6 * blocks:
+            if own_hosted < 1.5 * blocks or hosted < 4 * blocks:
                 continue
             own_mean = sum(n.speed for n in own) / blocks
             share = own_mean / mean
             own_here = sum(n.speed / (n.planned[1] - n.planned[0]) for n in here if n in own)
-            total -= 0.3 * share * (own_mean / (own_here + 0.02 * own_mean)) ** 2
+            total -= 0.01 * share * (own_mean / (own_here + 0.02 * own_mean)) ** exponent
     return total
 
 
@@ -320,9 +322,10 @@ def test_the_fewer_replicas_the_sooner_nodes_decide() -> None:
 
 
 def test_a_gap_is_closed_with_a_small_span_that_loads_fast() -> None:
-    swarm = [node(i, 0, 4) for i in range(4)] + [node(i + 9, 5, 9) for i in range(4)]
+    swarm = [node((i, first), first, end) for i in range(4) for first, end in ((0, 3), (3, 5))]
+    swarm += [node((i, 6), 6, 9) for i in range(4)]
     me = swarm[0]
     others = without(block_vectors(swarm, 9), me)
-    decision = decide_move(others, me, loading_s(9, range(4), 300.0), chance=0.0)
+    decision = decide_move(others, me, loading_s(9, range(3), 300.0), chance=0.0)
     assert decision.target is not None
-    assert (decision.target.first_block, decision.target.end_block) == (4, 5)
+    assert (decision.target.first_block, decision.target.end_block) == (5, 6)
