@@ -39,7 +39,7 @@ from swarm.protocol.errors import (
 )
 from swarm.protocol.identity import PeerId
 from swarm.protocol.messages import AskLoad, LoadReport
-from swarm.protocol.records import NodeRecord
+from swarm.protocol.records import NodeRecord, NodeState
 from swarm.protocol.version import STREAM_PROTOCOL
 from swarm.routing import (
     NO_ROOM,
@@ -65,6 +65,8 @@ SHORTEST_WAIT_S = 0.4
 """For answers, however fast the first ones came: a node's cores may all be busy."""
 LONGEST_WAIT_S = 3.0
 """For answers without which there is no chain."""
+NOT_READY = frozenset(state.name.lower() for state in (NodeState.JOINING, NodeState.DRAINING))
+"""Obstacles that may have gone since the directory was read."""
 ONLINE_SAMPLE = 8
 """Nodes that are dialled to find out whether our own network is there."""
 ONLINE_WAIT_S = 2.0
@@ -217,9 +219,16 @@ class Router:
                 reasons.setdefault(record.peer_id, reason)
         usable = [record for record in known if record.peer_id not in reasons]
         unbanned = [record for record in usable if not self._known.is_banned(record.peer_id)]
+        # What they said of their state may be some seconds old; they are asked at last.
+        unready = {
+            record.peer_id: reasons.pop(record.peer_id)
+            for record in known
+            if reasons.get(record.peer_id) in NOT_READY
+        }
+        waiting = [record for record in known if record.peer_id in unready]
         answers: list[_Answer] = []
         # Banned nodes, and those that were not drawn, are asked when the others are not enough.
-        for group in (unbanned, usable):
+        for group in (unbanned, usable, waiting):
             asked = {answer.record.peer_id for answer in answers} | reasons.keys()
             group = [record for record in group if record.peer_id not in asked]
             if uncovered([answer.record for answer in answers] + group, first_block, end_block):
@@ -235,12 +244,12 @@ class Router:
             for record in drawn:
                 outcome = outcomes[record.peer_id]
                 if isinstance(outcome, str):
-                    reasons[record.peer_id] = outcome
+                    reasons[record.peer_id] = unready.get(record.peer_id, outcome)
                 else:
                     answers.append(_Answer(record, outcome))
             if not uncovered([answer.record for answer in answers], first_block, end_block):
                 return answers
-        raise no_route(known, reasons, first_block, end_block)
+        raise no_route(known, {**unready, **reasons}, first_block, end_block)
 
     async def _ask(
         self, records: Sequence[NodeRecord], first_block: int, end_block: int

@@ -97,6 +97,7 @@ class Watch:
         self._standstill: _Standstill | None = None
         self._last_straggler_s = -settings.straggler_pause_s
         self._looking_for_better = False
+        self._is_offline = False
 
     def wake(self) -> None:
         """A step is on its way, or something else begins that should not take long."""
@@ -145,6 +146,10 @@ class Watch:
                 tasks.create_task(self._ping(link))
 
     def _look_around(self, tasks: asyncio.TaskGroup, now_s: float) -> None:
+        if self._is_offline and not all(map(self._is_suspect, self._hops.all_links)):
+            # One hop is back, and so our network; the others' answers are on their way.
+            self._is_offline = False
+            self._begin_afresh()
         for link in self._hops.all_links:
             if self._is_suspect(link) and link not in self._examined:
                 self._examined.add(link)
@@ -171,6 +176,7 @@ class Watch:
             opinions = await self._ask_neighbours(link)
             if not opinions and not await self._planner.is_online():
                 log.info("nobody answers: waiting for our own network")
+                self._is_offline = True
                 return
             while any(opinions) and self._is_suspect(link):
                 if self._clock.monotonic_s() - suspected_s > self._settings.reprieve_s:

@@ -37,16 +37,17 @@ class Neighbours:
         self._model_revision = model_revision
         self._known: OrderedDict[PeerId, tuple[float, Sequence[str]]] = OrderedDict()
 
-    async def resolve(self, peer: PeerId) -> Sequence[str] | None:
+    async def resolve(self, peer: PeerId, *, afresh: bool = False) -> Sequence[str] | None:
         """Addresses of a node that hosts our model; None when the directory knows no such node.
 
-        Raises NetworkError when the directory cannot be asked.
+        ``afresh`` asks the directory even if they are remembered. Raises NetworkError when the
+        directory cannot be asked.
         """
         now_s = self._clock.monotonic_s()
         known = self._known.get(peer)
-        if known is not None and now_s < known[0]:
+        if known is not None and now_s < known[0] and not afresh:
             return known[1]
-        record = self._view.record(peer) if self._view is not None else None
+        record = self._view.record(peer) if self._view is not None and not afresh else None
         if record is None:
             record = await self._find(peer)
         if record is None:

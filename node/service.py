@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from swarm.protocol.errors import (
     DecodeError,
     ErrorCode,
     NetworkError,
+    PeerUnreachable,
     ProtocolError,
     RemoteError,
 )
@@ -67,8 +68,12 @@ LEAVE_RELAYS_PERIOD_S = 2.0
 
 _ROUTING = SetRoute | SetPrevious
 
-Resolver = Callable[[PeerId], Awaitable[Sequence[str] | None]]
-"""Addresses of a peer that hosts the same model by the directory; None when it is unknown there."""
+
+class Resolver(Protocol):
+    """Addresses of a peer that hosts the same model by the directory; None when it is unknown."""
+
+    async def __call__(self, peer: PeerId, *, afresh: bool = False) -> Sequence[str] | None:
+        """``afresh``: what is remembered does not do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -479,7 +484,14 @@ class NodeService:
         addresses = await self._resolve(peer)
         if addresses is None:
             raise ProtocolError(ErrorCode.NEXT_HOP_UNKNOWN)
-        return await self._transport.open(peer, STREAM_PROTOCOL, addresses)
+        try:
+            return await self._transport.open(peer, STREAM_PROTOCOL, addresses)
+        except PeerUnreachable:
+            # It may have started again elsewhere since we heard of it last.
+            now_at = await self._resolve(peer, afresh=True)
+            if now_at is None or set(now_at) == set(addresses):
+                raise
+            return await self._transport.open(peer, STREAM_PROTOCOL, now_at)
 
     async def _reaches(self, peer: PeerId) -> bool:
         """Whether a neighbour of a session answers a ping."""

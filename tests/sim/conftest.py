@@ -338,7 +338,7 @@ class ToySwarm:
             self.nodes.append(ToyNode(peer, engine, service, counted))
         self.number_of_blocks = max(end for _, end in spans)
 
-    async def _resolve(self, peer: PeerId) -> Sequence[str] | None:
+    async def _resolve(self, peer: PeerId, *, afresh: bool = False) -> Sequence[str] | None:
         return () if any(node.peer.peer_id == peer for node in self.nodes) else None
 
     async def start(self) -> None:

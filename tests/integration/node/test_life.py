@@ -219,27 +219,29 @@ async def test_a_node_moves_to_blocks_that_nobody_has_any_more(
 ) -> None:
     seed = start("seed", "seed")
     arguments = (str(checkpoint), "--peers", seed.address)
-    start("join", "stays", *arguments, "--blocks", "0:2")
-    leaves = start("join", "leaves", *arguments, "--blocks", "2:4")
+    fixed = {
+        first: start("join", f"fixed-{first}", *arguments, "--blocks", f"{first}:{first + 2}")
+        for first in (0, 2)
+    }
     moves = start("join", "moves", *arguments, "--num-blocks", "2")
-    assert moves.first_event["first_block"] == 0
-    os.killpg(leaves.process.pid, signal.SIGINT)
-    await asyncio.to_thread(leaves.ended)
+    target = 2 - moves.first_event["first_block"]
+    os.killpg(fixed[target].process.pid, signal.SIGINT)
+    await asyncio.to_thread(fixed[target].ended)
 
     def wait_until_moved() -> NodeStatus:
         with running_node(tmp_path / "moves.key") as node:
             while (status := node.ask("status")) is not None:
-                if (status.first_block, status.state) == (2, "online"):
+                if (status.first_block, status.state) == (target, "online"):
                     return status
                 time.sleep(0.2)
         raise AssertionError("the node has ended")
 
     status = await asyncio.to_thread(wait_until_moved)
-    assert status.end_block == 4
+    assert status.end_block == target + 2
     record = (await announced(seed, checkpoint, tmp_path))["moves"]
     while record.state is not NodeState.ONLINE:
         record = (await announced(seed, checkpoint, tmp_path))["moves"]
-    assert (record.first_block, record.end_block) == (2, 4)
+    assert (record.first_block, record.end_block) == (target, target + 2)
 
 
 def test_a_node_rests_outside_of_its_hours(checkpoint: Path, tmp_path: Path) -> None:
