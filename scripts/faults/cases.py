@@ -66,7 +66,7 @@ class CaseRunner:
         self._speculative = speculative
         self._listeners: list[Callable[[Event], None]] = []
         self._serving: dict[int, PeerId] = {}
-        self._hand_overs = 0
+        self._handed_over: set[PeerId] = set()
         self._tasks_at_rest = 0
 
     def hear(self, event: Event) -> None:
@@ -75,7 +75,8 @@ class CaseRunner:
             fighter = self._arena.fighters.get(event.peer)
             if fighter is not None:
                 self._serving[fighter.stage] = fighter.peer_id
-        self._hand_overs += (event.what, event.message) == ("received", "HandedOver")
+        if (event.what, event.message) == ("received", "HandedOver") and event.peer is not None:
+            self._handed_over.add(event.peer)  # says it once for each round
         for listener in tuple(self._listeners):
             listener(event)
 
@@ -106,7 +107,7 @@ class CaseRunner:
         for stage in case.stages:
             await self._arena.wait_for_live(stage, needed)
         self._serving.clear()
-        self._hand_overs = 0
+        self._handed_over.clear()
         heals = self._watched.heals
         recomputed = await self._arena.recomputed_tokens()
         started_s = time.monotonic()
@@ -140,7 +141,7 @@ class CaseRunner:
                 await self._arena.mend(fighter)
         outcome.problems += await self._arena.leaks(LEAK_TIMEOUT_S)
         outcome.heals = self._watched.heals - heals
-        outcome.hand_overs = self._hand_overs
+        outcome.hand_overs = len(self._handed_over)
         outcome.replayed_tokens = await self._arena.recomputed_tokens() - recomputed
         outcome.replayed_bytes = outcome.replayed_tokens * self._watched.token_bytes
         return outcome
