@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -406,17 +407,23 @@ class Chain:
         link.connection.maximum_payload_bytes = (
             self._largest_result_bytes if self._hops.ends_with(link) else 0
         )
-        reader = self._tasks.create_task(self._read(link))
-        self._readers.add(reader)
-        reader.add_done_callback(self._readers.discard)
+        self._start(self._tasks, self._read(link))
+
+    def _start(self, tasks: asyncio.TaskGroup, work: Coroutine[None, None, None]) -> None:
+        """Run ``work`` until it ends or the chain is closed."""
+        try:
+            task = tasks.create_task(work)
+        except RuntimeError:  # the group is already shutting down
+            work.close()
+            raise NetworkError("the chain is closed") from None
+        self._readers.add(task)
+        task.add_done_callback(self._readers.discard)
 
     def _start_moving(self, link: Link, wait_s: float) -> None:
         if self._tasks is None or link in self._leaving:
             return
         self._leaving.add(link)
-        moving = self._tasks.create_task(self._move_away(link, wait_s))
-        self._readers.add(moving)
-        moving.add_done_callback(self._readers.discard)
+        self._start(self._tasks, self._move_away(link, wait_s))
 
     async def _move_away(self, link: Link, wait_s: float) -> None:
         """Move the session off a hop that leaves; what fails there heals when the hop is gone."""

@@ -61,7 +61,7 @@ class SessionRequest:
 class HopTimeouts:
     """How long a client waits for one hop."""
 
-    open_s: float = 6.0
+    open_s: float = 3.0
     answer_s: float = 6.0
     """For answers to what a hop needs to dial its neighbour for."""
     replay_stall_s: float = 60.0

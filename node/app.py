@@ -26,6 +26,7 @@ from swarm.cached_peers import load_peers
 from swarm.clock_offset import ClockOffsets, CorrectedClock
 from swarm.membership import Announcer, coverage, read_nodes
 from swarm.node.addresses import for_people, for_record, is_public
+from swarm.node.advice import Adviser
 from swarm.node.board import Board
 from swarm.node.config import BlockSpan, NodeSettings, PeerSettings, SeedSettings
 from swarm.node.control import control_path, controlled
@@ -180,7 +181,9 @@ class _Node:
                     self._board.update(state="online", coverage=_with_own(replicas, span))
                     self._view.ready(self._board.snapshot())
                     looking = group.create_task(around.run())
-                    refreshing = group.create_task(self._refresh(around, relocation, announcer))
+                    refreshing = group.create_task(
+                        self._refresh(around, relocation, announcer, Adviser(network, self._clock))
+                    )
                     rebalancing = group.create_task(self._rebalance(around, relocation, announcer))
                     reaching = group.create_task(self._stay_reachable(network, announcer))
                     moving = group.create_task(service.leave_relays())
@@ -381,14 +384,19 @@ class _Node:
         )
 
     async def _refresh(
-        self, around: Surroundings, relocation: Relocation[SpanEngine], announcer: Announcer
+        self,
+        around: Surroundings,
+        relocation: Relocation[SpanEngine],
+        announcer: Announcer,
+        adviser: Adviser,
     ) -> None:
         """Keep the announced load and the shown coverage young."""
         await around.view.ready()
         while True:
             announcer.update(_with_load(announcer.record, relocation.engine))
-            covered = coverage(around.view.records(), announcer.record.number_of_blocks)
-            self._board.update(coverage=tuple(covered))
+            records = around.view.records()
+            covered = coverage(records, announcer.record.number_of_blocks)
+            self._board.update(coverage=tuple(covered), advice=await adviser.advise(records))
             await asyncio.sleep(min(self._settings.announce_period_s / 2, COVERAGE_PERIOD_S))
 
 

@@ -54,6 +54,8 @@ class NodeStatus:
 
     Empty when not known yet.
     """
+    advice: str = ""
+    """What the model lacks in this swarm and what would help; empty while it is healthy."""
     engine: str = ""
     """Device, dtype and threads, for people."""
     loading_fraction: float | None = None
@@ -299,6 +301,8 @@ def _add_blocks(rows: Table, status: NodeStatus) -> None:
         missing = sum(1 for count in status.coverage if count == 0)
         weakest = f"  {missing} blocks without a node" if missing else "  every block is served"
         rows.add_row("swarm", Text.assemble(coverage_bar(status.coverage), weakest))
+    if status.advice:
+        rows.add_row("", Text(status.advice, "yellow"))
 
 
 def span_bar(status: NodeStatus) -> Text:

@@ -37,9 +37,9 @@ NEW_TOKENS = 48
 LENGTH_OF_FAULT_S = (4.0, 15.0)
 """How long a node stays as it is before it is mended, at least and at most."""
 MEMORY_PERIOD_S = 5.0
-SETTLED_AFTER_S = 90.0
-"""A node's memory counts from this age on: by then it has seen prompts of all lengths."""
-WATCHED_FOR_S = 120.0
+SETTLED_AFTER_S = 300.0
+"""A node's memory counts from this age on: by then it has computed batches of all shapes."""
+WATCHED_FOR_S = 300.0
 FLAT_MB_PER_HOUR = 120.0
 LEAK_TIMEOUT_S = 45.0
 FINISH_TIMEOUT_S = 180.0
