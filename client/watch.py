@@ -17,8 +17,9 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from swarm.client.hops import Hops
 from swarm.client.link import HopFailed, Link
@@ -249,14 +250,16 @@ class Watch:
         now_s = self._clock.monotonic_s()
         if now_s - self._last_straggler_s < self._settings.straggler_pause_s:
             return None
-        return next(
-            (
-                link
-                for link in self._hops.links
-                if link.speed.slowdown > self._settings.straggler
-                and link.speed.recent_s > self._settings.straggler_least_s
-            ),
-            None,
+        links = self._hops.links
+        return next((link for link in links if self._fell_behind(link, links)), None)
+
+    def _fell_behind(self, link: Link, links: Sequence[Link]) -> bool:
+        """Whether one hop became slow, and not all of them: then something else is busy."""
+        others = [other.speed.slowdown for other in links if other is not link]
+        common = max(1.0, median(others)) if others else 1.0
+        return (
+            link.speed.slowdown > self._settings.straggler * common
+            and link.speed.recent_s > self._settings.straggler_least_s
         )
 
     async def _replace_straggler(self) -> None:
