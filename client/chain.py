@@ -181,11 +181,6 @@ class Chain:
         """Tokens in the remote caches."""
         return self._session.length
 
-    @property
-    def hop_times(self) -> tuple[HopTimes, ...]:
-        """Queue and compute time of each hop in the latest step."""
-        return tuple(link.times for link in self._hops.links)
-
     async def opened(self) -> None:
         """Wait until the chain is ready; raises why it could not be opened."""
         await asyncio.shield(self._opened)

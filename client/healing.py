@@ -186,7 +186,12 @@ def could_not_heal(
     blocks = tuple(range(*gap)) if gap is not None else ()
     if isinstance(last, NoRouteError) and last.missing_blocks:
         blocks = last.missing_blocks
-    text = f"blocks {block_ranges(blocks)} are lost" if blocks else "two hops lost their connection"
+    if len(blocks) == 1:
+        text = f"block {blocks[0]} is lost"
+    elif blocks:
+        text = f"blocks {block_ranges(blocks)} are lost"
+    else:
+        text = "two hops lost their connection"
     if last is not None:
         text += f": {last}"
     if failures:

@@ -277,7 +277,7 @@ class Watch:
                 previous=before,
                 following=after,
             )
-            still_slow = link.failure is None and link.speed.slowdown > self._settings.straggler
+            still_slow = link.failure is None and self._fell_behind(link, self._hops.links)
             if still_slow and plan.expected_step_s < 0.7 * link.speed.recent_s:
                 reason = NetworkError("became far slower than it was")
                 self._hops.lose(link, HopFailed(link.hop, reason))
