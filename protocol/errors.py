@@ -57,6 +57,14 @@ class ErrorCode(IntEnum):
     NEXT_HOP_UNKNOWN = 28
     JOURNAL_GONE = 29
     INPUT_NOT_FINITE = 30
+    VOUCHER_MISSING = 55
+    BAD_SIGNATURE = 56
+    FOREIGN_OBJECT = 57
+    NOT_VALID_NOW = 58
+    ROLLED_BACK = 59
+    EQUIVOCATION = 60
+    OVER_LIMIT = 61
+    BAD_PROOF = 62
 
 
 ERROR_TEXTS: dict[ErrorCode, str] = {
@@ -90,6 +98,14 @@ ERROR_TEXTS: dict[ErrorCode, str] = {
     ErrorCode.NEXT_HOP_UNKNOWN: "the directory knows no such host of this model",
     ErrorCode.JOURNAL_GONE: "this hop no longer has what it sent on",
     ErrorCode.INPUT_NOT_FINITE: "activations that arrived are not finite or too large",
+    ErrorCode.VOUCHER_MISSING: "more work than vouchers cover",
+    ErrorCode.BAD_SIGNATURE: "the signature is wrong, or not of whom it should be",
+    ErrorCode.FOREIGN_OBJECT: "the object is about another node, session, allowance or model",
+    ErrorCode.NOT_VALID_NOW: "not valid yet, or no longer",
+    ErrorCode.ROLLED_BACK: "less than was signed before",
+    ErrorCode.EQUIVOCATION: "another object was signed under the same number",
+    ErrorCode.OVER_LIMIT: "more than the allowance grants",
+    ErrorCode.BAD_PROOF: "the proof does not hold",
 }
 
 

@@ -4,11 +4,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from swarm.protocol import messages, records, version
+from swarm.protocol import ledger_objects, messages, records, version
 from swarm.protocol.errors import ERROR_TEXTS, ErrorCode
 
 TEXT = (Path(__file__).parents[3] / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -69,3 +69,10 @@ def test_error_codes() -> None:
 def test_names() -> None:
     assert f"`{version.STREAM_PROTOCOL}`" in TEXT
     assert f"`{records.model_index_key()}`" in TEXT
+
+
+@pytest.mark.parametrize("kind", ledger_objects.OBJECT_TYPES, ids=lambda kind: kind.__name__)
+def test_signed_objects(kind: type[ledger_objects.SignedObject]) -> None:
+    section = TEXT.split(f"### {kind.NAME}\n")[1].split("\n#")[0]
+    rows = re.findall(r"^\| (\w+) \| (?!type)", section, re.MULTILINE)
+    assert rows == [declared.name for declared in fields(cast(Any, kind))]
