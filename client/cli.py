@@ -28,7 +28,9 @@ from swarm.client.config import (
     SamplingSettings,
     load_settings,
 )
+from swarm.client.operator_commands import operator_app
 from swarm.client.output import Answer, error_to_json, explain, note
+from swarm.client.witness_commands import witness_app
 from swarm.protocol.errors import (
     NoRouteError,
     RemoteError,
@@ -62,6 +64,9 @@ app = typer.Typer(
     "[bold]generate[/bold] answers once, [bold]chat[/bold] keeps a conversation.\n\n"
     "Exit codes: 0 done, 2 wrong usage, 3 the swarm cannot serve this now, 4 network trouble.",
 )
+
+app.add_typer(operator_app)
+app.add_typer(witness_app)
 
 # --- flags that several commands share -----------------------------------------------------------
 Model = Annotated[

@@ -1,0 +1,63 @@
+"""``swarm witness``: cosign the checkpoints of operators' logs, so that they have one face only."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swarm.client.operator_commands import outcome
+from swarm.client.output import note
+
+witness_app = typer.Typer(
+    name="witness",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Watch over an operator's log.\n\nA witness checks that each checkpoint continues the one "
+    "before, and cosigns it. It needs a key, a port and hardly any computer.",
+)
+
+Folder = Annotated[Path, typer.Argument(help="The witness's folder.")]
+
+
+@witness_app.command()
+def init(
+    folder: Folder,
+    name: Annotated[
+        str, typer.Option("--name", help="Name of the witness, such as university.example/w1.")
+    ],
+    log: Annotated[
+        list[str], typer.Option("--log", metavar="KEY", help="Key of a log to watch; repeatable.")
+    ],
+    listen: Annotated[str, typer.Option("--listen", metavar="HOST:PORT")] = "127.0.0.1:8441",
+) -> None:
+    """Make a key and settings, and print the public key that the operator needs."""
+    with outcome():
+        from swarm.operator.witness import create_witness
+
+        print(create_witness(folder, name, log, listen).verifier)
+        note(f"give this key and your address to the operator; then: swarm witness run {folder}")
+
+
+@witness_app.command()
+def run(folder: Folder) -> None:
+    """Cosign until Ctrl-C."""
+    with outcome():
+        import logging
+
+        from swarm.operator.app import leave_on_signals
+        from swarm.operator.witness import load_witness, run_witness
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        settings = load_witness(folder)
+
+        async def serve() -> None:
+            leaving = asyncio.Event()
+            with leave_on_signals(leaving):
+                await run_witness(
+                    settings, lambda url: print(f"listening on {url}", flush=True), leaving
+                )
+
+        asyncio.run(serve())

@@ -1,0 +1,215 @@
+"""Speaks to an operator over HTTP: what clients, nodes and outsiders ask of it.
+
+Nothing that it answers is believed beyond its signatures: callers pin the operator's and the log's
+keys. Answers are bounded. A refused request raises RemoteError with the operator's code; one that
+got no answer raises NetworkError and may be sent again, all of them are idempotent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+
+from swarm.ledger.notes import MAX_NOTE_BYTES, LogProof, Note, VerifierKey
+from swarm.ledger.tiles import MAX_LEAF_BYTES
+from swarm.protocol.envelope import MAX_ENVELOPE_BYTES, Envelope, parse_envelope
+from swarm.protocol.errors import ErrorCode, NetworkError, ProtocolError, RemoteError
+from swarm.protocol.ledger_objects import Allowance, verified
+
+MAX_ANSWER_BYTES = 1 << 20
+TIMEOUT_S = 30.0
+EXPORT_TIMEOUT_S = 3600.0
+EXPORT_CHUNK_BYTES = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What an operator says of itself; to be pinned by whoever deals with it."""
+
+    origin: str
+    log_key: VerifierKey
+    operator_key: bytes
+    mint_keys: frozenset[bytes]
+    witnesses: tuple[VerifierKey, ...]
+    minimum_node_age_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What became of a voucher: units paid now, and the code of what was wrong, or None."""
+
+    paid_units: int
+    code: ErrorCode | None
+
+
+class OperatorClient:
+    """One operator. Use as an async context manager; may be shared by many tasks."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> OperatorClient:
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S))
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def terms(self) -> Terms:
+        answer = await self._json("GET", "/v1/terms")
+        try:
+            return Terms(
+                str(answer["origin"]),
+                VerifierKey.parse(answer["log_key"]),
+                bytes.fromhex(answer["operator_key"]),
+                frozenset(bytes.fromhex(key) for key in answer["mint_keys"]),
+                tuple(VerifierKey.parse(key) for key in answer["witnesses"]),
+                int(answer["minimum_node_age_s"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProtocolError(ErrorCode.BAD_FIELD, "terms of no operator") from error
+
+    async def allowance(self, request: Envelope, operator_key: bytes) -> tuple[Allowance, Envelope]:
+        """The allowance for a request, checked to be the pinned operator's."""
+        answer = await self._request("POST", "/v1/allowances", [request], MAX_ENVELOPE_BYTES)
+        sealed = parse_envelope(answer)
+        return verified(Allowance, sealed, operator_key), sealed
+
+    async def settle(self, settlement: Envelope, vouchers: Sequence[Envelope]) -> list[Settled]:
+        """Present vouchers; one outcome for each, in their order."""
+        answer = await self._json("POST", "/v1/settlements", [settlement, *vouchers])
+        try:
+            outcomes = [
+                Settled(int(each["paid"]), ErrorCode(each["code"]) if each["code"] else None)
+                for each in answer["outcomes"]
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(ErrorCode.BAD_FIELD, "no outcomes of a settlement") from error
+        if len(outcomes) != len(vouchers):
+            raise ProtocolError(ErrorCode.BAD_FIELD, "not one outcome for each voucher")
+        return outcomes
+
+    async def enrol(self, enrolment: Envelope, certificate: Envelope | None = None) -> None:
+        await self._json(
+            "POST", "/v1/enrolments", [enrolment, *([certificate] if certificate else [])]
+        )
+
+    async def order(self, order: Envelope) -> int:
+        """Send a signed order; returns the index of its event in the log."""
+        return int((await self._json("POST", "/v1/orders", [order]))["index"])
+
+    async def verdict(self, verdict: Envelope) -> str:
+        return str((await self._json("POST", "/v1/verdicts", [verdict]))["state"])
+
+    async def account(self, account: str, before: int | None = None) -> dict[str, Any]:
+        page = "" if before is None else f"?before={before}"
+        return await self._json("GET", f"/v1/accounts/{quote(account)}{page}")
+
+    async def node(self, node: str) -> dict[str, Any]:
+        return await self._json("GET", f"/v1/nodes/{quote(node)}")
+
+    async def totals(self) -> dict[str, Any]:
+        return await self._json("GET", "/v1/totals")
+
+    async def leaf(self, index: int) -> bytes:
+        return await self._request("GET", f"/v1/leaves/{index}", (), MAX_LEAF_BYTES)
+
+    async def proof(self, index: int) -> LogProof:
+        answer = await self._request("GET", f"/v1/proofs/{index}", (), 2 * MAX_NOTE_BYTES)
+        return LogProof.parse(_text(answer))
+
+    async def checkpoint(self) -> Note:
+        return Note.parse(_text(await self._request("GET", "/checkpoint", (), MAX_NOTE_BYTES)))
+
+    async def export(self, size: int) -> AsyncIterator[bytes]:
+        """The first ``size`` leaves, one after the other."""
+        rest = b""
+        async with self._answer("GET", f"/v1/export?to={size}", (), EXPORT_TIMEOUT_S) as response:
+            async for chunk in response.content.iter_chunked(EXPORT_CHUNK_BYTES):
+                *lines, rest = (rest + chunk).split(b"\n")
+                if len(rest) > MAX_LEAF_BYTES:
+                    raise ProtocolError(ErrorCode.TOO_LARGE, "an endless leaf")
+                for line in lines:
+                    yield line
+
+    async def _json(
+        self, method: str, path: str, envelopes: Sequence[Envelope] = ()
+    ) -> dict[str, Any]:
+        answer = await self._request(method, path, envelopes, MAX_ANSWER_BYTES)
+        try:
+            content = json.loads(answer)
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(ErrorCode.BAD_FIELD, "no JSON") from error
+        if not isinstance(content, dict):
+            raise ProtocolError(ErrorCode.BAD_FIELD, "no JSON object")
+        return content
+
+    async def _request(
+        self, method: str, path: str, envelopes: Sequence[Envelope], maximum_bytes: int
+    ) -> bytes:
+        async with self._answer(method, path, envelopes, TIMEOUT_S) as response:
+            return await _read(response, maximum_bytes)
+
+    @asynccontextmanager
+    async def _answer(
+        self, method: str, path: str, envelopes: Sequence[Envelope], timeout_s: float
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        if self._session is None:
+            raise RuntimeError("use it as an async context manager")
+        body = "\n".join(envelope.to_json() for envelope in envelopes) or None
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.request(
+                    method, self._url + path, data=body, allow_redirects=False
+                ) as response,
+            ):
+                if response.status != 200:
+                    raise await _refusal(response)
+                yield response
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise NetworkError(f"the operator at {self._url} does not answer") from error
+
+
+async def _refusal(response: aiohttp.ClientResponse) -> RemoteError:
+    retry_after_s = response.headers.get("Retry-After", "0")
+    retry_after_ms = 1000 * int(retry_after_s) if retry_after_s.isdigit() else 0
+    try:
+        code = ErrorCode(json.loads(await _read(response, 4096))["code"])
+    except (ValueError, KeyError, TypeError, ProtocolError):
+        code = ErrorCode.INTERNAL
+    return RemoteError(code, peer="operator", retry_after_ms=retry_after_ms)
+
+
+async def _read(response: aiohttp.ClientResponse, maximum_bytes: int) -> bytes:
+    parts = []
+    left = maximum_bytes
+    async for chunk in response.content.iter_any():
+        left -= len(chunk)
+        if left < 0:
+            raise ProtocolError(ErrorCode.TOO_LARGE, "an answer that is too long")
+        parts.append(chunk)
+    return b"".join(parts)
+
+
+def _text(answer: bytes) -> str:
+    try:
+        return answer.decode()
+    except UnicodeDecodeError as error:
+        raise ProtocolError(ErrorCode.BAD_FIELD, "no text") from error
