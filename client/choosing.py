@@ -15,16 +15,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from transformers import LogitsProcessorList
-from transformers.generation import (
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from swarm.client.config import SamplingSettings
+from swarm.client.constraints import Constraint
 from swarm.client.ends import ModelEnds
+from swarm.client.token_logits import TokenLogprob, logits_processors, token_logprob
 from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
 from swarm.protocol.tensors import DType, WireTensor
 
@@ -49,11 +44,18 @@ class TokenChooser:
         settings: SamplingSettings,
         prompt_ids: Sequence[int],
         wire_dtype: DType,
+        constrain: Callable[[], Constraint] | None = None,
     ) -> None:
+        """``constrain`` is called once, on the thread, before the first token is chosen."""
+        self.logprob: TokenLogprob | None = None
+        """Of the token chosen last, when the settings ask for it."""
         self._ends = ends
         self._wire_dtype = wire_dtype
         self._samples = settings.temperature > 0
-        self._processors = _logits_processors(settings)
+        self._processors = logits_processors(settings, len(prompt_ids))
+        self._top_logprobs = settings.top_logprobs
+        self._constrain = constrain
+        self._constraint: Constraint | None = None
         self._generator = torch.Generator()
         if settings.seed is not None:
             self._generator.manual_seed(settings.seed)
@@ -69,7 +71,8 @@ class TokenChooser:
     @torch.inference_mode()
     def choose(self, logits: torch.Tensor) -> tuple[int, WireTensor]:
         """The token for ``logits`` ``[1, vocabulary]``, and its embedding for the next step."""
-        scores = self._processors(self._ids, logits.to("cpu", torch.float32))
+        logits = logits.to("cpu", torch.float32)
+        scores = self._processors(self._ids, self._constrained(logits))
         if self._samples:
             probabilities = torch.softmax(scores, dim=-1)
             chosen = torch.multinomial(probabilities, 1, generator=self._generator)
@@ -78,7 +81,19 @@ class TokenChooser:
         if self._processors:
             self._ids = torch.cat([self._ids, chosen], dim=-1)
         token_id = int(chosen)
+        if self._constraint is not None:
+            self._constraint.add(token_id)
+        if self._top_logprobs is not None:
+            self.logprob = token_logprob(logits, token_id, self._top_logprobs)
         return token_id, self.embed([token_id])
+
+    def _constrained(self, logits: torch.Tensor) -> torch.Tensor:
+        if self._constraint is None:
+            if self._constrain is None:
+                return logits
+            self._constraint = self._constrain()
+        allowed = self._constraint.allowed()[: logits.shape[-1]]
+        return logits.masked_fill(~allowed, -torch.inf)
 
 
 @dataclass(slots=True, eq=False)
@@ -175,17 +190,3 @@ class ChoiceQueue:
             except Exception as error:  # concerns this one
                 choice.outcome = error
         self._last_duration_s = time.perf_counter() - started_s
-
-
-def _logits_processors(settings: SamplingSettings) -> LogitsProcessorList:
-    processors = LogitsProcessorList()
-    if settings.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if settings.temperature > 0:
-        if settings.temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(float(settings.temperature)))
-        if settings.top_k:
-            processors.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1.0:
-            processors.append(TopPLogitsWarper(settings.top_p))
-    return processors

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,7 +27,10 @@ from swarm.client.config import (
     ClientSettings,
     SamplingSettings,
     load_settings,
+    read_settings,
 )
+from swarm.client.gateway.commands import app as gateway_app
+from swarm.client.gateway.settings import TABLE as GATEWAY_TABLE
 from swarm.client.operator_commands import operator_app
 from swarm.client.output import Answer, error_to_json, explain, note
 from swarm.client.witness_commands import witness_app
@@ -67,6 +70,7 @@ app = typer.Typer(
 
 app.add_typer(operator_app)
 app.add_typer(witness_app)
+app.add_typer(gateway_app)
 
 # --- flags that several commands share -----------------------------------------------------------
 Model = Annotated[
@@ -142,7 +146,7 @@ def generate(
     ] = False,
 ) -> None:
     """Answer one prompt, streaming to the terminal; the chain that served it goes to stderr."""
-    with _outcome(as_json):
+    with outcome(as_json):
         sampling = SamplingSettings(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -197,7 +201,7 @@ def chat(
     ] = False,
 ) -> None:
     """Talk in turns. Ctrl-C stops an answer, a second one (or /quit) leaves; /new starts over."""
-    with _outcome(as_json):
+    with outcome(as_json):
         sampling = SamplingSettings(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -232,7 +236,7 @@ def models(
     ] = False,
 ) -> None:
     """Show what the swarm serves: models, how often each block is there, and by which nodes."""
-    with _outcome(as_json):
+    with outcome(as_json):
         settings = _settings(peers, None, config)
         with _connected(settings) as (background, client):
             from swarm.client.listing import ServedModel, models_table
@@ -311,7 +315,7 @@ class _Swarm:
 @contextmanager
 def _joined(model_name: str, settings: ClientSettings) -> Iterator[_Swarm]:
     """Load the model's ends, then join."""
-    _prepare_process()
+    prepare_process()
     from swarm.client.generate import LocalModel
 
     model = LocalModel.load(model_name, dtype=settings.dtype)
@@ -324,7 +328,7 @@ def _joined(model_name: str, settings: ClientSettings) -> Iterator[_Swarm]:
 
 @contextmanager
 def _connected(settings: ClientSettings) -> Iterator[tuple[BackgroundLoop, SwarmClient]]:
-    _prepare_process()
+    prepare_process()
     from swarm.client.app import SwarmClient
 
     background = BackgroundLoop()
@@ -339,12 +343,21 @@ def _connected(settings: ClientSettings) -> Iterator[tuple[BackgroundLoop, Swarm
 
 
 def _settings(peers: list[str] | None, dtype: str | None, config: Path | None) -> ClientSettings:
+    values = read_settings(config)
+    values.pop(GATEWAY_TABLE, None)  # one file may serve all commands
+    return client_settings(peers, dtype, values)
+
+
+def client_settings(
+    peers: list[str] | None, dtype: str | None, file_values: Mapping[str, Any]
+) -> ClientSettings:
+    """How to join: what the file says, then the environment, then flags. Raises ConfigError."""
     flags = {"peers": " ".join(peers or ()) or None, "dtype": dtype}
     environment = {PEERS_FILE_VARIABLE: str(PEERS_FILE), **os.environ}
-    return load_settings(flags, environment=environment, config_file=config)
+    return load_settings(flags, environment=environment, file_values=file_values)
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
     """What must be set before heavy packages load."""
     configure_threads_environment()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -353,7 +366,7 @@ def _prepare_process() -> None:
 
 # --- around every command ------------------------------------------------------------------------
 @contextmanager
-def _outcome(as_json: bool) -> Iterator[None]:
+def outcome(as_json: bool) -> Iterator[None]:
     """Turns our errors into one line and an exit code; bugs keep their traceback."""
     try:
         yield

@@ -75,6 +75,16 @@ class SamplingSettings:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
+    presence_penalty: float = 0.0
+    """Subtracted from the scores of tokens that the answer has already."""
+    frequency_penalty: float = 0.0
+    """The same, for each time that the token occurred in the answer."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, and what is added to their scores."""
+    top_logprobs: int | None = None
+    """How many alternatives to report with each token's log probability; None reports nothing."""
+    json_schema: str | None = None
+    """The answer is a JSON document of this schema; None leaves it free."""
 
     def __post_init__(self) -> None:
         for is_right, text in (
@@ -83,6 +93,10 @@ class SamplingSettings:
             (self.top_k >= 0, "top_k must be 0 or more"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
             (0 < self.repetition_penalty <= 100, "repetition_penalty must be above 0"),
+            (abs(self.presence_penalty) <= 100, "presence_penalty must be within -100 and 100"),
+            (abs(self.frequency_penalty) <= 100, "frequency_penalty must be within -100 and 100"),
+            (all(token >= 0 for token, _ in self.logit_bias), "logit_bias needs token ids"),
+            (0 <= (self.top_logprobs or 0) <= 100, "top_logprobs must be between 0 and 100"),
         ):
             if not is_right:
                 raise UsageError(text)
@@ -97,15 +111,13 @@ def load_settings(
     flags: Mapping[str, Any],
     *,
     environment: Mapping[str, str],
-    config_file: Path | None = None,
+    file_values: Mapping[str, Any] | None = None,
 ) -> ClientSettings:
     """Merge the sources. ``flags`` holds field names; a value of None or () means "not given".
 
-    Raises ConfigError for files that cannot be read, unknown names and values of a wrong type.
+    Raises ConfigError for unknown names and values of a wrong type.
     """
-    merged: dict[str, Any] = {"peers": ()}
-    if config_file is not None:
-        merged |= _read_file(config_file)
+    merged: dict[str, Any] = {"peers": (), **(file_values or {})}
     if environment.get(PEERS_VARIABLE):
         merged["peers"] = split_addresses(environment[PEERS_VARIABLE])
     if environment.get(PEERS_FILE_VARIABLE):
@@ -114,7 +126,10 @@ def load_settings(
     return ClientSettings(**_typed(merged))
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_settings(path: Path | None) -> dict[str, Any]:
+    """What a TOML file says; nothing without one. Raises ConfigError when it cannot be read."""
+    if path is None:
+        return {}
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

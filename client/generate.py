@@ -24,9 +24,11 @@ from transformers import AutoTokenizer, GenerationConfig
 from swarm.catalogue.checkpoint import Checkpoint, resolve_checkpoint
 from swarm.client.choosing import ChoiceQueue, TokenChooser
 from swarm.client.config import SamplingSettings
+from swarm.client.constraints import JsonConstraints
 from swarm.client.ends import ModelEnds, read_generation_config, remote_blocks
 from swarm.client.remote_blocks import ChainOpener, RemoteBlocks, RemoteChain
 from swarm.client.text_stream import IncrementalDetokenizer, StopStrings
+from swarm.client.token_logits import TokenLogprob
 from swarm.protocol.errors import (
     CheckpointError,
     GenerationInterrupted,
@@ -63,6 +65,8 @@ class TextPiece:
     text: str
     token_ids: tuple[int, ...] = ()
     result: GenerationResult | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of ``token_ids``, when the settings ask for them."""
 
 
 class _Answer:
@@ -99,7 +103,7 @@ class _Answer:
             text += self._stop_strings.finish()
             self._finish_reason = "stop" if is_end or self._stop_strings.stopped else "length"
         self._texts.append(text)
-        return None if is_last else TextPiece(text, (token_id,))
+        return None if is_last else TextPiece(text, (token_id,), logprobs=self._logprobs())
 
     def last_piece(self, chain_passes: int, plan: ChainPlan) -> TextPiece:
         """The last token with the whole result."""
@@ -115,7 +119,11 @@ class _Answer:
             chain_passes=chain_passes,
             plan=plan,
         )
-        return TextPiece(self._texts[-1], (self.new_ids[-1],), result)
+        return TextPiece(self._texts[-1], (self.new_ids[-1],), result, self._logprobs())
+
+    def _logprobs(self) -> tuple[TokenLogprob, ...]:
+        latest = self.chooser.logprob
+        return () if latest is None else (latest,)
 
 
 class LocalModel:
@@ -133,6 +141,7 @@ class LocalModel:
         self.end_token_ids = end_token_ids
         self.blocks_of = blocks_of
         self.queue = ChoiceQueue(ends)
+        self._json = JsonConstraints(tokenizer, int(ends.config.vocab_size), end_token_ids)
 
     @classmethod
     def load(
@@ -183,6 +192,15 @@ class LocalModel:
     def decode(self, token_ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
+
+    def chooser(
+        self, settings: SamplingSettings, prompt_ids: Sequence[int], wire_dtype: DType
+    ) -> TokenChooser:
+        """What picks the tokens of one answer."""
+        constrain = None
+        if settings.json_schema is not None:
+            constrain = partial(self._json.follow, settings.json_schema)
+        return TokenChooser(self.ends, settings, prompt_ids, wire_dtype, constrain)
 
     def close(self) -> None:
         """End the thread; sessions must be closed before."""
@@ -244,7 +262,7 @@ class TextSession:
         self._answer = _Answer(
             prompt_ids=list(prompt_ids),
             limit=min(settings.max_new_tokens, room),
-            chooser=TokenChooser(self._model.ends, settings, prompt_ids, self._wire_dtype),
+            chooser=self._model.chooser(settings, prompt_ids, self._blocks.wire_dtype),
             detokenizer=IncrementalDetokenizer(self._model.decode),
             stop_strings=StopStrings(settings.stop),
         )
@@ -282,8 +300,9 @@ class TextSession:
         yield answer.last_piece(chain.passes - self._passes_before, chain.plan)
 
     @property
-    def _wire_dtype(self) -> DType:
-        return self._blocks.wire_dtype
+    def plan(self) -> ChainPlan | None:
+        """The hops that serve this session now; None while it has none."""
+        return None if self._chain is None else self._chain.plan
 
     def _cached_beginning(self, prompt_ids: Sequence[int]) -> int:
         """How many tokens of the prompt the hops hold already; the last one always goes again."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm.client.config import ClientSettings, SamplingSettings, load_settings
+from swarm.client.config import ClientSettings, SamplingSettings, load_settings, read_settings
 from swarm.protocol.errors import ConfigError, UsageError
 
 PEER = "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooWA"
@@ -16,9 +16,11 @@ def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:
     file.write_text(f'peers = ["{OTHER}"]\ndtype = "float32"\nstep_timeout_s = 5\n')
     environment = {"SWARM_PEERS": f"{PEER}, {OTHER}"}
 
-    from_file = load_settings({}, environment={}, config_file=file)
+    from_file = load_settings({}, environment={}, file_values=read_settings(file))
     assert from_file == ClientSettings((OTHER,), dtype="float32", step_timeout_s=5.0)
-    merged = load_settings({"dtype": "bfloat16"}, environment=environment, config_file=file)
+    merged = load_settings(
+        {"dtype": "bfloat16"}, environment=environment, file_values=read_settings(file)
+    )
     assert merged.peers == (PEER, OTHER)
     assert merged.dtype == "bfloat16"
     assert load_settings({"peers": PEER}, environment=environment).peers == (PEER,)
@@ -65,7 +67,7 @@ def test_broken_files(tmp_path: Path, content: str) -> None:
     file = tmp_path / "client.toml"
     file.write_text(content)
     with pytest.raises(ConfigError, match="no valid TOML"):
-        load_settings({}, environment={}, config_file=file)
+        load_settings({}, environment={}, file_values=read_settings(file))
 
 
 def test_missing_file(tmp_path: Path) -> None:
