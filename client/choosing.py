@@ -51,7 +51,7 @@ class TokenChooser:
         """Of the token chosen last, when the settings ask for it."""
         self._ends = ends
         self._wire_dtype = wire_dtype
-        self._samples = settings.temperature > 0
+        self._samples = settings.samples
         self._processors = logits_processors(settings, len(prompt_ids))
         self._top_logprobs = settings.top_logprobs
         self._constrain = constrain

@@ -19,6 +19,9 @@ PEERS_VARIABLE = "SWARM_PEERS"
 """Environment variable with peer addresses, separated by commas or white space."""
 PEERS_FILE_VARIABLE = "SWARM_PEERS_FILE"
 
+LEAST_TEMPERATURE = 1e-4
+"""What is lower takes the most likely token: dividing by it would overflow."""
+
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -92,7 +95,7 @@ class SamplingSettings:
             (0 <= self.temperature <= 100, "temperature must be between 0 and 100"),
             (self.top_k >= 0, "top_k must be 0 or more"),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
-            (0 < self.repetition_penalty <= 100, "repetition_penalty must be above 0"),
+            (0.01 <= self.repetition_penalty <= 100, "repetition_penalty must be 0.01 to 100"),
             (abs(self.presence_penalty) <= 100, "presence_penalty must be within -100 and 100"),
             (abs(self.frequency_penalty) <= 100, "frequency_penalty must be within -100 and 100"),
             (all(token >= 0 for token, _ in self.logit_bias), "logit_bias needs token ids"),
@@ -100,6 +103,11 @@ class SamplingSettings:
         ):
             if not is_right:
                 raise UsageError(text)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn, and not just the most likely ones taken."""
+        return self.temperature >= LEAST_TEMPERATURE
 
 
 def split_addresses(text: str) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def logits_processors(settings: SamplingSettings, prompt_tokens: int) -> LogitsP
         )
     if settings.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if settings.temperature > 0:
+    if settings.samples:
         if settings.temperature != 1.0:
             processors.append(TemperatureLogitsWarper(float(settings.temperature)))
         if settings.top_k:

@@ -43,7 +43,7 @@ class Admission:
         """Without keys a gateway serves this computer, or everybody when told so."""
         if self._settings.without_keys:
             return False
-        return not self._settings.is_loopback or bool(self._keys.keys())
+        return not self._settings.is_loopback or bool(self._keys.all())
 
     def identify(self, authorization: str | None, remote: str) -> Caller:
         """Raises ApiError 401 for missing, wrong and revoked keys."""

@@ -92,7 +92,9 @@ class Sampling(_Body):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: StrictInt | None = Field(None, ge=0, le=1 << 31, description="Not of OpenAI's API.")
-    repetition_penalty: float | None = Field(None, gt=0, le=10, description="Not of OpenAI's API.")
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100, description="Not of OpenAI's API."
+    )
     n: StrictInt | None = Field(None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -166,7 +166,7 @@ def list_keys(keys_file: KeysFile = None, as_json: AsJson = False) -> None:
     from swarm.client import cli
 
     with cli.outcome(as_json):
-        keys = _file(keys_file).keys()
+        keys = _file(keys_file).all()
         if as_json:
             print(json.dumps({"keys": [_key_json(key) for key in keys]}))
             return

@@ -20,13 +20,16 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         retry_after_s: float | None = None,
+        allow: str = "",
     ) -> None:
+        """``allow`` names the methods that a path takes."""
         super().__init__(message)
         self.status = status
         self.message = message
         self.code = code
         self.param = param
         self.retry_after_s = retry_after_s
+        self.allow = allow
 
     @property
     def kind(self) -> str:
@@ -58,6 +61,8 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
+        if self.allow:
+            return {"Allow": self.allow}
         if self.retry_after_s is not None:
             return {"Retry-After": str(max(1, round(self.retry_after_s)))}
         return {}

@@ -76,7 +76,7 @@ class KeyFile:
         self._stamp: tuple[int, int, int] | None = None
         self._checked_s = -CHECK_PERIOD_S
 
-    def keys(self) -> list[ApiKey]:
+    def all(self) -> list[ApiKey]:
         """All, revoked ones too. Raises ConfigError for a file that cannot be used."""
         self._read()
         return list(self._keys.values())

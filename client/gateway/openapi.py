@@ -14,12 +14,14 @@ _NUMBER = {"type": "number"}
 _COUNT = {"type": "integer", "minimum": 0}
 
 
-def document() -> dict[str, Any]:
-    """The whole description."""
+def document(models: list[str]) -> dict[str, Any]:
+    """The whole description of a gateway that serves ``models``."""
     _, bodies = models_json_schema(
         [(ChatBody, "validation"), (TextBody, "validation")],
         ref_template="#/components/schemas/{model}",
     )
+    for name in ("ChatBody", "TextBody"):
+        bodies["$defs"][name]["properties"]["model"] = {"enum": models}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -38,7 +40,7 @@ def document() -> dict[str, Any]:
                             "name": "model",
                             "in": "path",
                             "required": True,
-                            "schema": {"type": "string", "minLength": 1},
+                            "schema": {"enum": models},
                         }
                     ],
                 }
@@ -96,9 +98,8 @@ def _operation(summary: str, name: str, schema: str, *statuses: int) -> dict[str
 
 def _completion(summary: str, name: str, kind: str) -> dict[str, Any]:
     operation = _operation(summary, name, f"{kind}Reply", 400, 404, 408, 413, 415, 429, 503, 504)
-    operation["responses"]["200"]["content"]["text/event-stream"] = {
-        "schema": {"type": "string", "description": "Chunks as OpenAI streams them; ends by [DONE]"}
-    }
+    operation["responses"]["200"]["description"] = "Done; chunks as OpenAI streams them if asked"
+    operation["responses"]["200"]["content"]["text/event-stream"] = {}
     operation["requestBody"] = {
         "required": True,
         "content": {"application/json": {"schema": _ref(f"{kind}Body")}},

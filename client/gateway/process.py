@@ -49,7 +49,7 @@ async def run_gateway(
     if not settings.models:
         raise ConfigError("no model to serve; name one or more by --model")
     keys = KeyFile(settings.keys_file)
-    if not settings.is_loopback and not settings.without_keys and not keys.keys():
+    if not settings.is_loopback and not settings.without_keys and not keys.all():
         raise ConfigError(
             f"{settings.host} is open to others and there are no API keys; make one by "
             "swarm gateway keys add NAME, or say --without-keys to serve everybody"
@@ -93,6 +93,9 @@ async def serve(
         handler_cancellation=True,
         keepalive_timeout=settings.body_timeout_s,
         access_log=None,
+        logger=_quiet_logger(),
+        # Compressed bodies are refused, not unpacked: a small one may hold a huge one.
+        auto_decompress=False,
         shutdown_timeout=1.0,
     )
     await runner.setup()
@@ -109,6 +112,18 @@ async def serve(
             watching.cancel()
     finally:
         await runner.cleanup()
+
+
+def _quiet_logger() -> logging.Logger:
+    """For aiohttp, whose tracebacks of malformed requests repeat their headers, and so keys."""
+    logger = logging.getLogger("swarm.client.gateway.http")
+
+    def without_traceback(record: logging.LogRecord) -> bool:
+        record.exc_info = record.exc_text = None
+        return True
+
+    logger.addFilter(without_traceback)
+    return logger
 
 
 def _listen(settings: GatewaySettings) -> socket.socket:

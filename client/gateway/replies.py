@@ -14,14 +14,15 @@ from typing import Any
 from swarm.client.gateway.answers import Event
 from swarm.client.gateway.token_text import TokenTexts
 from swarm.client.generate import GenerationResult, TextPiece
-from swarm.routing import ChainPlan
+from swarm.client.text_stream import REPLACEMENT
+from swarm.routing import ChainPlan, Hop
 
 
 @dataclass(slots=True)
 class _Choice:
     texts: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
-    plan: ChainPlan | None = None
+    hops: tuple[Hop, ...] = ()
     result: GenerationResult | None = None
     characters: int = 0
 
@@ -130,8 +131,8 @@ class Reply:
         self.completion_tokens += len(piece.token_ids)
         logprobs = self._logprobs(piece)
         extra: dict[str, Any] = {}
-        if self._wants_chain and event.plan is not None and event.plan is not choice.plan:
-            choice.plan = event.plan
+        if self._wants_chain and event.plan is not None and event.plan.hops != choice.hops:
+            choice.hops = event.plan.hops
             extra["swarm"] = [{"index": event.index, "chain": _chain(event.plan)}]
         content = b""
         if piece.text or logprobs or extra:
@@ -201,10 +202,10 @@ class Reply:
             offsets.append(offset)
             offset += len(token["token"])
         return {
-            "tokens": [token["token"] for token in tokens],
+            "tokens": [_label(token) for token in tokens],
             "token_logprobs": [token["logprob"] for token in tokens],
             "top_logprobs": [
-                {other["token"]: other["logprob"] for other in token["top_logprobs"]}
+                {_label(other): other["logprob"] for other in token["top_logprobs"]}
                 for token in tokens
             ],
             "text_offset": offsets,
@@ -218,6 +219,14 @@ KEEP_ALIVE = b": waiting\n\n"
 def event_of(content: dict[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(content).encode() + b"\n\n"
+
+
+def _label(token: dict[str, Any]) -> str:
+    """Names a token among others: parts of characters all look the same as text."""
+    text = str(token["token"])
+    if REPLACEMENT not in text or token["bytes"] is None:
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token["bytes"])
 
 
 def _chain(plan: ChainPlan) -> list[dict[str, Any]]:

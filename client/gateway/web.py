@@ -8,24 +8,28 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 
 from swarm.client.gateway.admission import Admission, Caller
-from swarm.client.gateway.answers import Event, Question, answering, log_bug
+from swarm.client.gateway.answer_desk import (
+    CALLER,
+    CLIENT_LEFT,
+    REQUEST_ID,
+    STARTED_S,
+    STATUS,
+    AnswerDesk,
+)
+from swarm.client.gateway.answers import log_bug
 from swarm.client.gateway.bodies import Body, ChatBody, TextBody, read_body
 from swarm.client.gateway.errors import ApiError, from_swarm, internal_error
-from swarm.client.gateway.limits import Usage
 from swarm.client.gateway.metrics import GatewayMetrics
 from swarm.client.gateway.openapi import document
 from swarm.client.gateway.page_files import PageFiles
-from swarm.client.gateway.replies import DONE, KEEP_ALIVE, Reply, event_of
 from swarm.client.gateway.settings import GatewaySettings
 from swarm.client.gateway.shelf import ServedModel, Shelf, SwarmView
-from swarm.client.gateway.token_text import TokenTexts
 from swarm.protocol.errors import SwarmError
 from swarm.protocol.version import software_version
 
@@ -33,11 +37,8 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-CLIENT_LEFT = 499
+SERVER_NAME = f"swarm-gateway/{software_version()}"
 OPEN_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-CALLER = web.RequestKey("caller", Caller)
-REQUEST_ID = web.RequestKey("request_id", str)
-STARTED_S = web.RequestKey("started_s", float)
 
 
 class Gateway:
@@ -52,14 +53,11 @@ class Gateway:
         metrics: GatewayMetrics,
     ) -> None:
         self._settings = settings
-        self._client = client
         self._shelf = shelf
         self._admission = admission
         self._metrics = metrics
         self._page = PageFiles()
-        self._document = document()
-        self._busy: set[asyncio.Task[Any]] = set()
-        self.stopping = False
+        self._desk = AnswerDesk(settings, client, admission, metrics, self._add_headers)
 
     def application(self) -> web.Application:
         app = web.Application(
@@ -83,13 +81,11 @@ class Gateway:
 
     async def finish(self, grace_s: float) -> None:
         """Refuse new answers, and wait for the running ones; after ``grace_s`` they are ended."""
-        self.stopping = True
-        if self._busy:
-            await asyncio.wait(self._busy, timeout=grace_s)
-        for task in self._busy:
-            task.cancel()
-        if self._busy:
-            await asyncio.wait(self._busy, timeout=5)
+        await self._desk.finish(grace_s)
+
+    @property
+    def stopping(self) -> bool:
+        return self._desk.stopping
 
     # --- around every request
     @web.middleware
@@ -99,15 +95,15 @@ class Gateway:
         request[STARTED_S] = started_s = time.monotonic()
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "unknown"
-        status = CLIENT_LEFT
+        request[STATUS] = CLIENT_LEFT
         try:
             response = await self._answered(request, handler)
-            status = response.status
+            request[STATUS] = response.status
             if not response.prepared:
                 self._add_headers(request, response)
             return response
         finally:
-            duration_s = time.monotonic() - started_s
+            status, duration_s = request[STATUS], time.monotonic() - started_s
             self._metrics.answered(route, status, duration_s)
             log.info("%s %s %s %d %.3f s", request_id, request.method, route, status, duration_s)
 
@@ -129,6 +125,7 @@ class Gateway:
 
     def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         response.headers["x-request-id"] = request[REQUEST_ID]
+        response.headers["Server"] = SERVER_NAME
         response.headers["X-Content-Type-Options"] = "nosniff"
         origin = request.headers.get("Origin")
         if origin is not None and origin in self._settings.allowed_origins:
@@ -183,7 +180,7 @@ class Gateway:
         return web.Response(text=self._metrics.text(), content_type="text/plain")
 
     async def _openapi(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response(self._document)
+        return web.json_response(document([model.name for model in self._shelf.models]))
 
     async def _preflight(self, request: web.Request) -> web.StreamResponse:
         origin = request.headers.get("Origin", "")
@@ -225,8 +222,7 @@ class Gateway:
                 for message in body.messages
             ]
         )
-        question = self._question(model, prompt_ids, settings, body.choices)
-        return await self._answer(request, model, body, question)
+        return await self._desk.answer(request, model, body, prompt_ids, settings)
 
     async def _text(self, request: web.Request) -> web.StreamResponse:
         caller = self._identify(request)
@@ -241,161 +237,7 @@ class Gateway:
                 prompt_ids = await model.encode(text)
             case ids:
                 prompt_ids = model.check_ids([item for item in ids if isinstance(item, int)])
-        question = self._question(model, prompt_ids, settings, body.choices)
-        return await self._answer(request, model, body, question)
-
-    def _question(
-        self, model: ServedModel, prompt_ids: list[int], settings: Any, choices: int
-    ) -> Question:
-        room = model.local.maximum_tokens - len(prompt_ids)
-        if not prompt_ids:
-            raise ApiError(400, "the prompt is empty", code="invalid_value", param="prompt")
-        if room < 1:
-            raise ApiError(
-                400,
-                f"this model's context is {model.local.maximum_tokens} tokens; "
-                f"the prompt has {len(prompt_ids)}",
-                code="context_length_exceeded",
-                param="messages",
-            )
-        return Question(
-            model.local, prompt_ids, settings, choices, self._settings.resume_patience_s
-        )
-
-    async def _answer(
-        self, request: web.Request, model: ServedModel, body: ChatBody | TextBody, ask: Question
-    ) -> web.StreamResponse:
-        if self.stopping:
-            raise ApiError(503, "this gateway is stopping", code="stopping", retry_after_s=1)
-        options = body.stream_options
-        reply = Reply(
-            request_id=request[REQUEST_ID],
-            model_name=body.model,
-            fingerprint=f"fp_{model.revision.hex()[:12]}",
-            created_unix_s=int(time.time()),
-            is_chat=isinstance(body, ChatBody),
-            choices=ask.choices,
-            prompt_tokens=len(ask.prompt_ids),
-            texts=TokenTexts(model.local.tokenizer, model.local.end_token_ids),
-            wants_logprobs=ask.settings.top_logprobs is not None,
-            wants_usage=bool(options and options.include_usage),
-            wants_chain=bool(options and options.include_chain),
-        )
-        task = asyncio.current_task()
-        if task is not None:
-            self._busy.add(task)
-        usage: Usage | None = None
-        try:
-            async with (
-                asyncio.timeout(self._settings.request_timeout_s),
-                AsyncExitStack() as stack,
-            ):
-                usage = await stack.enter_async_context(
-                    self._admission.admitted(
-                        request[CALLER],
-                        prompt_tokens=len(ask.prompt_ids),
-                        answers=ask.choices,
-                    )
-                )
-                queue = await stack.enter_async_context(answering(self._client, ask))
-                events = _events(queue, ask.choices, self._settings.keep_alive_s)
-                if body.stream:
-                    return await self._stream(request, reply, events)
-                return await self._whole(request, reply, events)
-        except TimeoutError:
-            raise ApiError(504, "the answer took too long", code="timeout") from None
-        finally:
-            self._busy.discard(task)
-            if usage is not None:
-                usage.tokens.take(time.monotonic(), reply.completion_tokens)
-                self._metrics.tokens(model.name, len(ask.prompt_ids), reply.completion_tokens)
-
-    async def _whole(
-        self, request: web.Request, reply: Reply, events: AsyncIterator[Event | None]
-    ) -> web.StreamResponse:
-        is_first = True
-        async for event in events:
-            if event is None:
-                continue
-            if event.failure is not None:
-                raise event.failure
-            if is_first:
-                self._metrics.first_token(time.monotonic() - request[STARTED_S])
-                is_first = False
-            reply.add(event)
-        return web.json_response(reply.whole(), headers=self._admission.headers(request[CALLER]))
-
-    async def _stream(
-        self, request: web.Request, reply: Reply, events: AsyncIterator[Event | None]
-    ) -> web.StreamResponse:
-        """Errors before the first piece have their HTTP status; later ones are events."""
-        response = web.StreamResponse(
-            headers={
-                "Content-Type": "text/event-stream; charset=utf-8",
-                "Cache-Control": "no-store",
-                "X-Accel-Buffering": "no",
-                **self._admission.headers(request[CALLER]),
-            }
-        )
-
-        async def send(content: bytes) -> None:
-            try:
-                async with asyncio.timeout(self._settings.write_timeout_s):
-                    if not response.prepared:
-                        self._add_headers(request, response)
-                        await response.prepare(request)
-                        content = reply.opening() + content
-                    await response.write(content)
-            except TimeoutError:
-                raise ConnectionResetError("the client does not read") from None
-
-        try:
-            is_first = True
-            async for event in events:
-                if event is None:
-                    await send(KEEP_ALIVE)
-                    continue
-                if event.failure is not None:
-                    if not response.prepared:
-                        raise event.failure
-                    await send(event_of(event.failure.to_json()))
-                    break
-                if is_first:
-                    self._metrics.first_token(time.monotonic() - request[STARTED_S])
-                    is_first = False
-                if content := reply.chunk(event):
-                    await send(content)
-            else:
-                await send(reply.closing())
-                await response.write_eof()
-                return response
-            await send(DONE)
-        except asyncio.CancelledError:
-            if self.stopping and response.prepared:
-                stopped = ApiError(503, "this gateway is stopping", code="stopping")
-                await send(event_of(stopped.to_json()) + DONE)
-            raise
-        await response.write_eof()
-        return response
-
-
-async def _events(
-    queue: asyncio.Queue[Event], choices: int, keep_alive_s: float
-) -> AsyncIterator[Event | None]:
-    """Until each choice has ended; None when nothing happened for a while."""
-    running = choices
-    while running:
-        try:
-            event = queue.get_nowait()
-        except asyncio.QueueEmpty:
-            try:
-                async with asyncio.timeout(keep_alive_s):
-                    event = await queue.get()
-            except TimeoutError:
-                yield None
-                continue
-        running -= event.is_last
-        yield event
+        return await self._desk.answer(request, model, body, prompt_ids, settings)
 
 
 def _model_json(model: ServedModel) -> dict[str, Any]:
@@ -429,10 +271,9 @@ def _from_http(error: web.HTTPException) -> ApiError:
         case 404:
             return ApiError(404, "no such path", code="not_found")
         case 405:
-            return ApiError(405, "this path does not take that method", code="method_not_allowed")
+            text = "this path does not take that method"
+            allow = error.headers.get("Allow", "")
+            return ApiError(405, text, code="method_not_allowed", allow=allow)
         case 413:
             return ApiError(413, "the body is too large", code="request_too_large")
     return ApiError(error.status, error.reason or "refused", code="bad_request")
-
-
-SERVER_NAME = f"swarm-gateway/{software_version()}"

@@ -58,6 +58,7 @@ function startsBlock(line) {
 }
 
 function fence(lines, start, mark, parent) {
+  if (start + 1 >= lines.length) return start + 1; // nothing in it yet
   const code = element("code", element("pre", parent));
   code.parentNode.tabIndex = 0;
   let at = start + 1;

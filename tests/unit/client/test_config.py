@@ -72,7 +72,7 @@ def test_broken_files(tmp_path: Path, content: str) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
-        load_settings({}, environment={}, config_file=tmp_path / "none.toml")
+        load_settings({}, environment={}, file_values=read_settings(tmp_path / "none.toml"))
 
 
 @pytest.mark.parametrize(
