@@ -12,11 +12,13 @@ import random
 import tempfile
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 from swarm.cached_peers import load_peers, save_peers, worth_keeping
+from swarm.client.adapter_push import push_timeout_s
 from swarm.client.chain import Chain, ChainObserver, ChainTimeouts
 from swarm.client.config import ClientSettings
 from swarm.client.hops import SessionRequest
@@ -161,6 +163,7 @@ class SwarmClient:
                 number_of_blocks,
                 tokens=request.rows * request.maximum_tokens,
                 dtype=dtype,
+                preferred_adapter=request.adapter_id,
             ),
             clock=self._clock,
             dice=self._random,
@@ -172,7 +175,7 @@ class SwarmClient:
             number_of_blocks,
             clock=self._clock,
             observer=self._observer,
-            timeouts=self._timeouts,
+            timeouts=self._timeouts_for(request),
             journal_budget=self._journals,
         )
         self._own(chain.run())
@@ -182,6 +185,13 @@ class SwarmClient:
             await chain.close()
             raise
         return chain
+
+    def _timeouts_for(self, request: SessionRequest) -> ChainTimeouts:
+        """Hops may have to be brought an adapter before they open a session with it."""
+        if request.adapter is None:
+            return self._timeouts
+        open_s = self._timeouts.open_s + push_timeout_s(request.adapter)
+        return replace(self._timeouts, open_s=open_s)
 
     async def _known_nodes(self, model_revision: bytes, model_name: str) -> KnownNodes:
         """What this client knows of a model, kept young as long as it opens sessions.

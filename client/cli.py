@@ -43,6 +43,7 @@ from swarm.protocol.errors import (
 from swarm.threads import configure_threads_environment
 
 if TYPE_CHECKING:
+    from swarm.catalogue.adapter import AdapterFiles
     from swarm.client.app import SwarmClient
     from swarm.client.chat import Conversation
     from swarm.client.generate import LocalModel
@@ -109,6 +110,14 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Same seed, same answer
 Stop = Annotated[
     list[str] | None, typer.Option("--stop", metavar="TEXT", help="End at this text; repeatable.")
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="PATH",
+        help="Answer with this adapter: a folder with a LoRA or DoRA adapter in PEFT's format.",
+    ),
+]
 System = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="What the model is told beforehand.")
 ]
@@ -132,6 +141,7 @@ def generate(
         bool, typer.Option("--raw", help="Continue the prompt as it is: no chat template.")
     ] = False,
     system: System = None,
+    adapter: Adapter = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -162,12 +172,15 @@ def generate(
         text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
         if not text.strip():
             raise UsageError("the prompt is empty")
+        source = _adapter(adapter, model)
         with _joined(model, settings) as swarm:
             from swarm.client.generate import stream_generate
 
             messages = [*_system_message(system), {"role": "user", "content": text}]
             prompt_ids = swarm.model.encode(text) if raw else swarm.model.encode_chat(messages)
-            pieces = stream_generate(swarm.client, swarm.model, prompt_ids, sampling)
+            pieces = stream_generate(
+                swarm.client, swarm.model, prompt_ids, sampling, adapter=source
+            )
             answer = Answer(shown=not as_json)
             swarm.background.run(answer.follow(pieces))
             answer.report(as_json)
@@ -182,6 +195,7 @@ def chat(
     model: Model,
     peers: Peers = None,
     system: System = None,
+    adapter: Adapter = None,
     max_new_tokens: MaxNewTokens = 512,
     max_context: Annotated[
         int,
@@ -211,11 +225,16 @@ def chat(
             seed=seed,
         )
         settings = _settings(peers, dtype, config)
+        source = _adapter(adapter, model)
         with _joined(model, settings) as swarm:
             from swarm.client.chat import Conversation
 
             conversation = Conversation(
-                swarm.client, swarm.model, system=system, maximum_tokens=max_context
+                swarm.client,
+                swarm.model,
+                system=system,
+                maximum_tokens=max_context,
+                adapter=source,
             )
             try:
                 _talk(swarm, conversation, sampling, as_json)
@@ -298,6 +317,16 @@ def _talk(
             note(f"{explain(error)}; ask again to try another chain")
         conversation.remember_answer(answer.text)
         answer.report(as_json)
+
+
+def _adapter(name: str | None, model: str) -> AdapterFiles | None:
+    """The adapter that was asked for, checked against the model."""
+    if name is None:
+        return None
+    from swarm.catalogue.checkpoint import Checkpoint, resolve_checkpoint
+    from swarm.client.adapters import open_adapter
+
+    return open_adapter(name, Checkpoint.open(resolve_checkpoint(model)))
 
 
 def _system_message(system: str | None) -> list[dict[str, str]]:

@@ -22,6 +22,7 @@ from typing import Any, Self
 from transformers import AutoTokenizer, GenerationConfig
 
 from swarm.catalogue.checkpoint import Checkpoint, resolve_checkpoint
+from swarm.client.adapter_push import AdapterSource
 from swarm.client.choosing import ChoiceQueue, TokenChooser
 from swarm.client.config import SamplingSettings
 from swarm.client.constraints import JsonConstraints
@@ -213,10 +214,20 @@ class TextSession:
     One answer at a time. An async context manager.
     """
 
-    def __init__(self, client: ChainOpener, model: LocalModel, maximum_tokens: int) -> None:
-        """``maximum_tokens`` is what the nodes reserve: prompt and answers together."""
+    def __init__(
+        self,
+        client: ChainOpener,
+        model: LocalModel,
+        maximum_tokens: int,
+        *,
+        adapter: AdapterSource | None = None,
+    ) -> None:
+        """``maximum_tokens`` is what the nodes reserve: prompt and answers together.
+
+        ``adapter`` (see ``client.adapters``) is what the nodes compute with; None: the bare model.
+        """
         self._model = model
-        self._blocks = model.blocks_of(client)
+        self._blocks = model.blocks_of(client).with_adapter(adapter)
         self._maximum_tokens = maximum_tokens
         self._chain: RemoteChain | None = None
         self._cached_ids: list[int] = []
@@ -357,6 +368,8 @@ async def stream_generate(
     model: LocalModel,
     prompt_ids: Sequence[int],
     settings: SamplingSettings | None = None,
+    *,
+    adapter: AdapterSource | None = None,
 ) -> AsyncGenerator[TextPiece, None]:
     """Generate in a session of its own, which is freed at the end, on errors and on cancellation.
 
@@ -365,7 +378,7 @@ async def stream_generate(
     settings = settings or SamplingSettings()
     maximum_tokens = min(len(prompt_ids) + settings.max_new_tokens, model.maximum_tokens)
     async with (
-        TextSession(client, model, maximum_tokens) as session,
+        TextSession(client, model, maximum_tokens, adapter=adapter) as session,
         aclosing(session.stream(prompt_ids, settings)) as pieces,
     ):
         async for piece in pieces:

@@ -14,12 +14,19 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from swarm.client.adapter_push import AdapterSource, push_adapter
 from swarm.client.link import HopFailed, Link
 from swarm.client.planner import Planner
 from swarm.journal import Journal
 from swarm.pieces import pieces
 from swarm.ports import Clock, Transport
-from swarm.protocol.errors import ErrorCode, NetworkError, RemoteError, SwarmError
+from swarm.protocol.errors import (
+    ErrorCode,
+    NetworkError,
+    ProtocolError,
+    RemoteError,
+    SwarmError,
+)
 from swarm.protocol.identity import PeerId
 from swarm.protocol.messages import (
     MAX_TOKENS,
@@ -55,6 +62,12 @@ class SessionRequest:
     wire_dtype: DType
     left_padding: tuple[int, ...] = ()
     wire_encoding: Encoding = Encoding.RAW
+    adapter: AdapterSource | None = None
+    """What every hop adds to the model; brought to hops that lack it."""
+
+    @property
+    def adapter_id(self) -> bytes:
+        return b"" if self.adapter is None else self.adapter.index.adapter_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,25 +322,46 @@ class Hops:
         self, hop: PlannedHop, previous: PeerId, first_step: int, state_from: str = ""
     ) -> Link:
         request = self._request
-        return await Link.open(
-            self._transport,
-            hop,
-            OpenSession(
-                model_revision=request.model_revision,
-                first_block=hop.first_block,
-                end_block=hop.end_block,
-                rows=request.rows,
-                maximum_tokens=request.maximum_tokens,
-                wire_dtype=int(request.wire_dtype),
-                wire_encoding=int(request.wire_encoding),
-                previous_peer=previous,
-                left_padding=request.left_padding,
-                first_step=first_step,
-                state_from=state_from,
-            ),
-            clock=self._clock,
-            timeout_s=self._timeouts.open_s,
+        message = OpenSession(
+            model_revision=request.model_revision,
+            first_block=hop.first_block,
+            end_block=hop.end_block,
+            rows=request.rows,
+            maximum_tokens=request.maximum_tokens,
+            wire_dtype=int(request.wire_dtype),
+            wire_encoding=int(request.wire_encoding),
+            previous_peer=previous,
+            left_padding=request.left_padding,
+            first_step=first_step,
+            state_from=state_from,
+            adapter_id=request.adapter_id,
         )
+        timeout_s = self._timeouts.open_s
+        try:
+            return await Link.open(
+                self._transport, hop, message, clock=self._clock, timeout_s=timeout_s
+            )
+        except HopFailed as error:
+            if error.code is not ErrorCode.ADAPTER_MISSING or request.adapter is None:
+                raise
+        await self._bring(hop, request.adapter)
+        return await Link.open(
+            self._transport, hop, message, clock=self._clock, timeout_s=timeout_s
+        )
+
+    async def _bring(self, hop: PlannedHop, adapter: AdapterSource) -> None:
+        """Give a hop the adapter that it lacks. Raises HopFailed."""
+        try:
+            pushed = await push_adapter(
+                self._transport,
+                hop.peer_id,
+                hop.addresses,
+                adapter,
+                model_revision=self._request.model_revision,
+            )
+        except (NetworkError, RemoteError, ProtocolError) as error:
+            raise HopFailed(hop, error) from error
+        log.info("brought the adapter to %s: %d bytes", hop.peer_id, pushed.sent_bytes)
 
     async def ask_previous(self, link: Link, previous: Link) -> None:
         message = SetPrevious(route_version=self._version(), previous_peer=previous.peer_id)

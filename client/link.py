@@ -134,6 +134,9 @@ class Link:
                 opened = await connection.receive_only(SessionOpened)
                 if opened.maximum_step_tokens < 1 or opened.maximum_steps_in_flight < 1:
                     raise ProtocolError(ErrorCode.BAD_FIELD, "accepts no steps")
+                if opened.adapter_id != request.adapter_id:
+                    # Older nodes do not know the field: they would answer as the bare model.
+                    raise ProtocolError(ErrorCode.BAD_FIELD, "computes without the adapter")
                 return cls(hop, connection, opened, clock)
         except TimeoutError:
             if connection is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +30,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from swarm.catalogue.checkpoint import Checkpoint, resolve_checkpoint
+from swarm.client.adapters import open_adapter
 from swarm.client.background import BackgroundLoop
 from swarm.client.cache import RemoteSession, SwarmCache
 from swarm.client.config import ClientSettings
@@ -75,12 +77,15 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
         settings: ClientSettings | None = None,
+        adapter: str | Path | None = None,
     ) -> SwarmModelForCausalLM:
         """Load the ends from the local checkpoint and join the swarm.
 
         ``dtype`` holds for the ends and for activations on the wire; other than ``auto`` it also
         asks for nodes that compute in it. ``settings`` (without ``peers``) gives full control.
-        Raises CheckpointError, ConfigError or NetworkError.
+        ``adapter`` is the directory of a LoRA or DoRA adapter in PEFT's format; it is brought to
+        nodes that lack it.
+        Raises CheckpointError, AdapterError, ConfigError or NetworkError.
         """
         from swarm.client.app import SwarmClient  # hivemind: slow to import, and not always needed
 
@@ -90,6 +95,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         elif peers or dtype != "auto":
             raise UsageError("give either settings or peers and dtype, not both")
         checkpoint = Checkpoint.open(resolve_checkpoint(model_name_or_path))
+        source = None if adapter is None else open_adapter(adapter, checkpoint)
         ends = ModelEnds.load(checkpoint, dtype=settings.dtype, device=device)
         background = BackgroundLoop()
         try:
@@ -97,7 +103,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         except BaseException:
             background.close()
             raise
-        blocks = remote_blocks(client, checkpoint, ends, settings.dtype)
+        blocks = remote_blocks(client, checkpoint, ends, settings.dtype).with_adapter(source)
         return cls(
             ends.config,
             ends,

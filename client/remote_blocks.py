@@ -5,9 +5,10 @@ Both faces of the client open sessions here: ``model`` (transformers) and ``gene
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from swarm.client.adapter_push import AdapterSource
 from swarm.client.hops import SessionRequest
 from swarm.protocol.errors import UsageError
 from swarm.protocol.messages import MAX_ROWS, MAX_TOKENS
@@ -63,6 +64,12 @@ class RemoteBlocks:
     wire_dtype: DType
     node_dtype: DType | None = None
     """Only nodes that compute in this precision; None takes any."""
+    adapter: AdapterSource | None = None
+    """What the blocks compute with; None: the bare model."""
+
+    def with_adapter(self, adapter: AdapterSource | None) -> RemoteBlocks:
+        """The same blocks with another adapter."""
+        return replace(self, adapter=adapter)
 
     async def open_chain(
         self, *, rows: int, maximum_tokens: int, left_padding: tuple[int, ...] = ()
@@ -85,6 +92,7 @@ class RemoteBlocks:
                 maximum_tokens=maximum_tokens,
                 wire_dtype=self.wire_dtype,
                 left_padding=left_padding,
+                adapter=self.adapter,
             ),
             number_of_blocks=self.number_of_blocks,
             dtype=self.node_dtype,

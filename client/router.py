@@ -72,6 +72,8 @@ ONLINE_SAMPLE = 8
 ONLINE_WAIT_S = 2.0
 LAST_RESORT_S = 60.0
 """What using a banned node costs in the choice: more than any detour."""
+BRINGING_S = 0.05
+"""What it costs in the choice to bring a node an adapter, spread over the tokens of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +192,8 @@ class Router:
             in_flight=self._known.openings(peer),
             slowness=self._known.slowness(answer.record),
         )
+        if self._needs.preferred_adapter and not answer.load.has_adapter:
+            entry = replace(entry, wait_s=entry.wait_s + BRINGING_S)
         if self._known.is_banned(peer):
             return replace(entry, wait_s=entry.wait_s + LAST_RESORT_S)
         return entry
@@ -239,6 +243,7 @@ class Router:
                 end_block,
                 dice=self._dice,
                 round_trip_s=self._known.round_trips_s,
+                adapter_id=self._needs.preferred_adapter,
             )
             outcomes = await self._ask(drawn, first_block, end_block)
             for record in drawn:
@@ -298,6 +303,7 @@ class Router:
             first_block=max(first_block, record.first_block),
             end_block=min(end_block, record.end_block),
             tokens=self._needs.tokens,
+            adapter_id=self._needs.preferred_adapter,
         )
         try:
             stream = await self._transport.open(peer, STREAM_PROTOCOL, record.addresses)

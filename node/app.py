@@ -42,8 +42,9 @@ from swarm.node.surroundings import Surroundings, remember_peers
 from swarm.node.view import NodeStatus, View
 from swarm.protocol.errors import ConfigError, NetworkError, SwarmError
 from swarm.protocol.identity import Identity
-from swarm.protocol.records import NodeRecord, NodeState
+from swarm.protocol.records import MAX_ADAPTERS, NodeRecord, NodeState
 from swarm.protocol.version import MAXIMUM_VERSION, MINIMUM_VERSION, software_version
+from swarm.routing import adapter_hint
 from swarm.virtual_time import LoopClock
 
 if TYPE_CHECKING:
@@ -464,6 +465,7 @@ def _with_load(record: NodeRecord, engine: SpanEngine) -> NodeRecord:
         cache_tokens_free=load.cache_tokens_free if record.takes_sessions else 0,
         queued_steps=load.queued_steps,
         busy_permille=min(1000, round(load.busy_fraction * 1000)),
+        adapters=tuple(map(adapter_hint, engine.adapters.adapter_ids[-MAX_ADAPTERS:])),
     )
 
 

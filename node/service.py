@@ -24,6 +24,7 @@ from typing import Protocol
 from swarm.connection import KEEPS_FRAMING, Connection
 from swarm.journal import DEFAULT_BUDGET_BYTES, JournalBudget
 from swarm.local_stream import stream_to_ourselves
+from swarm.node.adapter_intake import AdapterIntake
 from swarm.node.engine.api import CacheRequest, Engine
 from swarm.node.hop import Hop, HopLimits, HopObserver
 from swarm.ports import Clock, Stream, Transport
@@ -50,6 +51,7 @@ from swarm.protocol.messages import (
     Pong,
     PreviousSet,
     ProbePeer,
+    PushAdapter,
     Replay,
     RouteReady,
     SessionClosed,
@@ -133,6 +135,7 @@ class NodeService:
         self._clock = clock
         self._limits = limits or ServiceLimits()
         self.journals = JournalBudget(self._limits.journal_bytes)
+        self._adapter_intake = AdapterIntake(clock)
         self._hops: dict[bytes, Hop] = {}
         self._sessions_of: Counter[PeerId] = Counter()
         self._streams_of: Counter[PeerId] = Counter()
@@ -265,6 +268,10 @@ class NodeService:
                 await self._serve_previous_hop(connection, first)
             case TakeOver():
                 await self._serve_leaving_hop(connection, first)
+            case PushAdapter():
+                if first.model_revision != self._model_revision:
+                    raise ProtocolError(ErrorCode.UNKNOWN_MODEL)
+                await self._adapter_intake.take(connection, first, self._engine, self._receive)
             case _:
                 raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, type(first).__name__)
 
@@ -282,6 +289,7 @@ class NodeService:
             cache_tokens_free=load.cache_tokens_free,
             busy_permille=min(1000, round(load.busy_fraction * 1000)),
             sessions=len(self._hops),
+            has_adapter=int(question.adapter_id in self._engine.adapters),
         )
 
     def _hosts(self, first_block: int, end_block: int) -> bool:
@@ -333,6 +341,7 @@ class NodeService:
                         ),
                         maximum_steps_in_flight=hop.terms.maximum_steps_in_flight,
                         free_cache_tokens=self._engine.load.cache_tokens_free,
+                        adapter_id=request.adapter_id,
                     )
                 )
                 if not self._accepting:
@@ -378,6 +387,7 @@ class NodeService:
                 maximum_tokens=request.maximum_tokens,
                 wire_dtype=dtype,
                 left_padding=request.left_padding,
+                adapter_id=request.adapter_id,
             )
         )
         return Hop(
@@ -552,5 +562,9 @@ class NodeService:
         self._observer.refused(error.code)
 
     def _retry_after_ms(self, error: ProtocolError) -> int:
-        busy = {ErrorCode.NO_CAPACITY, ErrorCode.TOO_MANY_SESSIONS}
+        busy = {
+            ErrorCode.NO_CAPACITY,
+            ErrorCode.TOO_MANY_SESSIONS,
+            ErrorCode.ADAPTER_NO_ROOM,
+        }
         return self._limits.retry_after_ms if error.code in busy else 0

@@ -5,6 +5,7 @@
     SwarmError
     |-- UsageError            we, or our user, asked for something that makes no sense
     |   |-- CheckpointError       the model's files are missing, incomplete or of an unknown family
+    |   |-- AdapterError          an adapter's files are refused, or do not fit the model
     |   |-- CapacityError         this computer has not the memory for what was asked
     |   `-- ConfigError           a setting is wrong
     |-- ProtocolError         a peer broke the protocol; the peer is to blame
@@ -57,6 +58,9 @@ class ErrorCode(IntEnum):
     NEXT_HOP_UNKNOWN = 28
     JOURNAL_GONE = 29
     INPUT_NOT_FINITE = 30
+    ADAPTER_MISSING = 35
+    ADAPTER_REFUSED = 36
+    ADAPTER_NO_ROOM = 37
     VOUCHER_MISSING = 55
     BAD_SIGNATURE = 56
     FOREIGN_OBJECT = 57
@@ -98,6 +102,9 @@ ERROR_TEXTS: dict[ErrorCode, str] = {
     ErrorCode.NEXT_HOP_UNKNOWN: "the directory knows no such host of this model",
     ErrorCode.JOURNAL_GONE: "this hop no longer has what it sent on",
     ErrorCode.INPUT_NOT_FINITE: "activations that arrived are not finite or too large",
+    ErrorCode.ADAPTER_MISSING: "this node does not have the adapter",
+    ErrorCode.ADAPTER_REFUSED: "the adapter is damaged or does not fit the model",
+    ErrorCode.ADAPTER_NO_ROOM: "no room for another adapter now; retry later",
     ErrorCode.VOUCHER_MISSING: "more work than vouchers cover",
     ErrorCode.BAD_SIGNATURE: "the signature is wrong, or not of whom it should be",
     ErrorCode.FOREIGN_OBJECT: "the object is about another node, session, allowance or model",
@@ -119,6 +126,10 @@ class UsageError(SwarmError):
 
 class CheckpointError(UsageError):
     """A model's files are missing, incomplete, damaged or of a family that is not supported."""
+
+
+class AdapterError(UsageError):
+    """An adapter's files are missing, damaged, not allowed or made for another model."""
 
 
 class CapacityError(UsageError):

@@ -159,6 +159,8 @@ class OpenSession(Message):
     """Number of the first step that this hop will see; above 1 when it takes another's place."""
     state_from: str = wire(11, PEER, "")
     """The only peer that may hand this session's state over; empty: nobody."""
+    adapter_id: bytes = wire(20, Bytes(0, DIGEST_BYTES), b"")
+    """The adapter to compute with; empty: the bare model. A hop that lacks it refuses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,8 @@ class SessionOpened(Message):
     """Most ``rows x tokens`` in one step."""
     maximum_steps_in_flight: int = wire(3, Uint(1024))
     free_cache_tokens: int = wire(4, Uint(MAX_STEP), 0)
+    adapter_id: bytes = wire(20, Bytes(0, DIGEST_BYTES), b"")
+    """As asked for. A hop that does not know adapters leaves it out, and the client leaves it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +367,8 @@ class AskLoad(Message):
     first_block: int = wire(2, Uint(MAX_BLOCKS))
     end_block: int = wire(3, Uint(MAX_BLOCKS))
     tokens: int = wire(4, Uint(MAX_STEP))
+    adapter_id: bytes = wire(20, Bytes(0, DIGEST_BYTES), b"")
+    """With this adapter; empty: with none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +383,8 @@ class LoadReport(Message):
     busy_permille: int = wire(4, Uint(1000))
     """Share of the last seconds in which the device worked."""
     sessions: int = wire(5, Uint(MAX_STEP))
+    has_adapter: int = wire(20, Uint(1), 0)
+    """1: the adapter that was asked for is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -479,6 +487,47 @@ class TakenOver(Message):
     left_padding: tuple[int, ...] = wire(5, Array(Uint(MAX_TOKENS), MAX_ROWS), ())
 
 
+# --- adapters: a client brings one to a node that lacks it ---------------------------------------
+@dataclass(frozen=True, slots=True)
+class PushAdapter(Message):
+    """First message of a stream: I have this adapter for you; its index has so many bytes."""
+
+    TAG = 35
+    adapter_id: bytes = wire(1, Bytes(DIGEST_BYTES, DIGEST_BYTES))
+    model_revision: bytes = wire(2, Bytes(REVISION_BYTES, REVISION_BYTES))
+    index_bytes: int = wire(3, Uint(512 * 1024))
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus(Message):
+    """Node to client: send the index and the tensors of these blocks; or: it is loaded."""
+
+    TAG = 36
+    loaded: int = wire(1, Uint(1))
+    first_block: int = wire(2, Uint(MAX_BLOCKS), 0)
+    end_block: int = wire(3, Uint(MAX_BLOCKS), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterIndexPart(Message):
+    """The next bytes of the index, in pieces that follow each other."""
+
+    TAG = 37
+    pieces: tuple[bytes, ...] = wire(1, Array(Bytes(1, 4096), 15))
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTensor(Message):
+    """Rows of one tensor, ``[1, rows, columns]``; tensors and rows come in the index's order."""
+
+    TAG = 38
+    module: int = wire(1, Uint(4095))
+    """Its place in the index."""
+    tensor: int = wire(2, Uint(2))
+    """0 is A, 1 is B, 2 is the magnitude, which has one row."""
+    values: WireTensor = wire(3, TensorField())
+
+
 MESSAGE_TYPES: tuple[type[Message], ...] = (
     Hello,
     HelloReply,
@@ -510,6 +559,10 @@ MESSAGE_TYPES: tuple[type[Message], ...] = (
     CacheChunk,
     JournalChunk,
     TakenOver,
+    PushAdapter,
+    AdapterStatus,
+    AdapterIndexPart,
+    AdapterTensor,
 )
 
 RETIRED_TAGS: frozenset[int] = frozenset()

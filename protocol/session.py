@@ -23,6 +23,7 @@ from enum import Enum, auto
 
 from swarm.protocol.errors import ErrorCode, ProtocolError
 from swarm.protocol.messages import (
+    DIGEST_BYTES,
     MAX_BLOCKS,
     MAX_PAYLOAD_BYTES,
     MAX_ROWS,
@@ -75,6 +76,8 @@ def check_open(message: OpenSession) -> tuple[DType, Encoding]:
     padding = message.left_padding
     if padding and len(padding) != message.rows:
         raise ProtocolError(ErrorCode.BAD_FIELD, "one left padding per row")
+    if len(message.adapter_id) not in (0, DIGEST_BYTES):
+        raise ProtocolError(ErrorCode.BAD_FIELD, "an adapter's id has 32 bytes")
     if message.first_step < 1:
         raise ProtocolError(ErrorCode.BAD_FIELD, "steps start at 1")
     if any(count >= message.maximum_tokens for count in padding):

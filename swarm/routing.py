@@ -43,6 +43,9 @@ NEAR_S = 0.005
 BOAST = 10.0
 """A node that announces more than so many times the median speed is not drawn more often."""
 
+ADAPTER_ODDS = 100.0
+"""How much more often nodes are asked that announce the session's adapter."""
+
 SERVING_STATES = (NodeState.ONLINE, NodeState.MOVING)
 NO_ROOM = "without room"
 
@@ -114,6 +117,10 @@ class Needs:
     dtype: DType | None = None
     """In which nodes must compute; None: any."""
     adapters: tuple[str, ...] = ()
+    """Hints (``adapter_hint``) that a node must announce."""
+    preferred_adapter: bytes = b""
+    """Id of an adapter that the client brings to nodes that lack it; those that have it are
+    preferred."""
     versions: tuple[int, int] = (MINIMUM_VERSION, MAXIMUM_VERSION)
 
 
@@ -138,6 +145,11 @@ def obstacle(record: NodeRecord, needs: Needs) -> str:
     if record.cache_tokens_total < needs.tokens:
         return NO_ROOM
     return ""
+
+
+def adapter_hint(adapter_id: bytes) -> str:
+    """How nodes announce a loaded adapter: half of its id, in hexadecimal."""
+    return adapter_id.hex()[: len(adapter_id)]
 
 
 def overlaps(record: NodeRecord, first_block: int, end_block: int) -> bool:
@@ -202,11 +214,13 @@ def sample_nodes(
     *,
     dice: random.Random,
     round_trip_s: Mapping[PeerId, float] | None = None,
+    adapter_id: bytes = b"",
 ) -> list[NodeRecord]:
     """Nodes to ask for their load: all of a small swarm, of a large one some drawn by lot.
 
     Weighted by speed, nearness, span and load, without replacement. As many as ``SAMPLE``, more
-    where spans are small, and more again until they cover the blocks if ``records`` do.
+    where spans are small, and more again until they cover the blocks if ``records`` do. Those that
+    announce the adapter are drawn more often.
     """
     hosts = [record for record in records if overlaps(record, first_block, end_block)]
     if len(hosts) <= SAMPLE:
@@ -223,6 +237,8 @@ def sample_nodes(
         # The smallest of exponential variables at these rates: the same draw as Gumbel's top k.
         trip_s = trips_s.get(record.peer_id, UNKNOWN_ROUND_TRIP_S)
         odds = _odds(record, first_block, end_block, trip_s, fastest)
+        if adapter_id and adapter_hint(adapter_id) in record.adapters:
+            odds *= ADAPTER_ODDS
         drawn.append((dice.expovariate(1.0) / odds, record))
     drawn.sort(key=lambda pair: pair[0])
     ordered = [record for _, record in drawn]

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from swarm.protocol.adapter_index import AdapterIndex, ModuleSpec
+from swarm.protocol.errors import ErrorCode, ProtocolError
 from swarm.protocol.tensors import DType, WireTensor
 
 
@@ -27,6 +29,8 @@ class CacheRequest:
     maximum_tokens: int
     wire_dtype: DType
     left_padding: tuple[int, ...] = ()
+    adapter_id: bytes = b""
+    """Which adapter the session computes with; empty: the bare model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,51 @@ class EngineLoad:
     """Share of the last 10 s in which the device worked, 0 to 1."""
 
 
+class IncomingAdapter(Protocol):
+    """An adapter for which there is room, tensor by tensor."""
+
+    @property
+    def wanted(self) -> Sequence[ModuleSpec]:
+        """The modules of this engine's blocks."""
+
+    async def load_module(self, module: ModuleSpec, tensors: Sequence[bytes | bytearray]) -> None:
+        """Take the tensors of one module. Raises ProtocolError(ADAPTER_REFUSED)."""
+
+    def finish(self) -> None:
+        """Let sessions use it. Raises ProtocolError(ADAPTER_REFUSED) when modules are missing."""
+
+    def abandon(self) -> None:
+        """Give the room back; does nothing after :meth:`finish`."""
+
+
+class Adapters(Protocol):
+    """The adapters that an engine holds, for its blocks."""
+
+    @property
+    def adapter_ids(self) -> Sequence[bytes]:
+        """What is loaded, the most recently used last."""
+
+    def __contains__(self, adapter_id: bytes) -> bool: ...
+
+    def admit(self, index: AdapterIndex) -> IncomingAdapter:
+        """Make room for an adapter, where need be by evicting others that no session uses.
+
+        Raises ProtocolError: ADAPTER_REFUSED when it does not fit the model, ADAPTER_NO_ROOM.
+        """
+
+
+class NoAdapters:
+    """Of an engine that computes with none."""
+
+    adapter_ids: Sequence[bytes] = ()
+
+    def __contains__(self, adapter_id: bytes) -> bool:
+        return False
+
+    def admit(self, index: AdapterIndex) -> IncomingAdapter:
+        raise ProtocolError(ErrorCode.ADAPTER_REFUSED, "this engine has no adapters")
+
+
 class Engine(Protocol):
     """Blocks ``[first_block, end_block)`` of one model revision on one device."""
 
@@ -112,8 +161,14 @@ class Engine(Protocol):
     @property
     def load(self) -> EngineLoad: ...
 
+    @property
+    def adapters(self) -> Adapters: ...
+
     def reserve(self, request: CacheRequest) -> SessionCache:
-        """Reserve the cache, or raise ProtocolError(NO_CAPACITY); never evicts another session."""
+        """Reserve the cache; never evicts another session.
+
+        Raises ProtocolError: NO_CAPACITY, or ADAPTER_MISSING for an adapter that is not loaded.
+        """
 
     async def step(self, cache: SessionCache, step: StepInput) -> StepOutput:
         """Run one step, batched with those of other sessions.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from swarm.compute.wire_tensors import WIRE_DTYPES, tensor_from_wire, tensor_to_wire
+from swarm.node.engine.adapted_layers import LoadedAdapter
 from swarm.node.engine.api import CacheRegion, CacheRequest, CacheState
 from swarm.protocol.errors import ErrorCode, ProtocolError
 from swarm.protocol.tensors import WireTensor
@@ -73,10 +74,23 @@ class SpanCache:
     """
 
     def __init__(
-        self, request: CacheRequest, shape: CacheShape, device: torch.device, budget: CacheBudget
+        self,
+        request: CacheRequest,
+        shape: CacheShape,
+        device: torch.device,
+        budget: CacheBudget,
+        *,
+        adapter: LoadedAdapter | None = None,
+        on_release: Callable[[], None] | None = None,
     ) -> None:
-        """Reserve; raises ProtocolError(NO_CAPACITY) before anything is allocated."""
+        """Reserve; raises ProtocolError(NO_CAPACITY) before anything is allocated.
+
+        ``adapter`` is what the session computes with; ``on_release`` hears when no step needs it
+        any more.
+        """
         self.request = request
+        self.adapter = adapter
+        self._on_release = on_release
         self.length = 0
         self.closed = False
         self.steps_running = 0
@@ -185,6 +199,8 @@ class SpanCache:
             self._budget.release(self._reserved_bytes)
             self._reserved_bytes = 0
             self.key_values = self.key_values.new_empty(0)
+            if self._on_release is not None:
+                self._on_release()
 
 
 def _zeros(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from swarm.catalogue.checkpoint import Checkpoint
 from swarm.compute.devices import choose_device, choose_dtype, dtype_name
 from swarm.node.engine import capacity
+from swarm.node.engine.adapters import DEFAULT_ADAPTER_BYTES, AdapterStore
 from swarm.node.engine.api import (
     CacheRegion,
     CacheRequest,
@@ -70,13 +72,16 @@ class SpanEngine:
     def __init__(
         self,
         span: Span,
+        checkpoint: Checkpoint,
         *,
         cache_bytes: int,
         speed: capacity.MeasuredSpeed,
         threads: int | None,
         maximum_step_tokens: int | None = None,
+        adapter_bytes: int = DEFAULT_ADAPTER_BYTES,
     ) -> None:
         self._span = span
+        self.adapters = AdapterStore(span, checkpoint, adapter_bytes)
         self._speed = speed
         self._budget = CacheBudget(
             cache_bytes,
@@ -166,7 +171,23 @@ class SpanEngine:
             raise ProtocolError(ErrorCode.BAD_FIELD, "a cache of no rows or no tokens")
         if request.left_padding and len(request.left_padding) != request.rows:
             raise ProtocolError(ErrorCode.BAD_FIELD, "left_padding needs one count per row")
-        cache = SpanCache(request, span.cache_shape, span.device, self._budget)
+        adapter = on_release = None
+        if request.adapter_id:
+            adapter = self.adapters.acquire(request.adapter_id)
+            on_release = partial(self.adapters.release, request.adapter_id)
+        try:
+            cache = SpanCache(
+                request,
+                span.cache_shape,
+                span.device,
+                self._budget,
+                adapter=adapter,
+                on_release=on_release,
+            )
+        except ProtocolError:
+            if on_release is not None:
+                on_release()
+            raise
         return SpanCacheHandle(cache, self._worker)
 
     async def step(self, cache: SessionCache, step: StepInput) -> StepOutput:
@@ -233,6 +254,7 @@ def load_engine_blocking(
     cache_tokens: int | None = None,
     threads: int | None = None,
     maximum_step_tokens: int | None = None,
+    adapter_bytes: int = DEFAULT_ADAPTER_BYTES,
     progress: Progress | None = None,
 ) -> SpanEngine:
     """Load a span and measure it. Takes seconds: from an event loop call it in a thread.
@@ -259,10 +281,12 @@ def load_engine_blocking(
         cache_bytes = capacity.default_cache_bytes(span)
     engine = SpanEngine(
         span,
+        checkpoint,
         cache_bytes=cache_bytes,
         speed=capacity.measure_speed(span),
         threads=threads,
         maximum_step_tokens=maximum_step_tokens,
+        adapter_bytes=adapter_bytes,
     )
     return_freed_memory()
     _log.info("engine ready: %s", engine.describe())

@@ -14,7 +14,7 @@ alone: slower, never wrong. What was exchanged is counted and reported by the en
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -69,6 +69,9 @@ class FusedRMSNorm(nn.Module):
 class FusedGatedMLP(nn.Module):
     """``down(act(gate(x)) * up(x))`` with gate and up in one product."""
 
+    FUSED_PARTS: ClassVar = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+    """Which layers of the model each of ours is made of, in the order of its outputs."""
+
     def __init__(self, mlp: Any) -> None:
         super().__init__()
         self.gate_up = pack_linear(mlp.gate_proj, mlp.up_proj)
@@ -83,6 +86,9 @@ class FusedGatedMLP(nn.Module):
 
 class FusedAttention(nn.Module):
     """Projections, optional per-head norms, rotation and ragged attention of one block."""
+
+    FUSED_PARTS: ClassVar = {"qkv": ("q_proj", "k_proj", "v_proj"), "output": ("o_proj",)}
+    """As in ``FusedGatedMLP``."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from torch import nn
 from swarm.catalogue.checkpoint import Checkpoint, TensorInfo
 from swarm.compute.wire_tensors import byte_view
 from swarm.node.engine import families
+from swarm.node.engine.adapted_layers import AdaptedLayers
 from swarm.node.engine.attention import register_attention
 from swarm.node.engine.cache import CacheShape
 from swarm.node.engine.freed_memory import return_freed_memory
@@ -50,6 +51,7 @@ class Span:
     replacements: Replacements
     layers: list[nn.Module]
     layouts: Layouts
+    adapted: AdaptedLayers
     _layer_types: list[str]
     _rotary: nn.Module
     _rotary_takes_layer_type: bool
@@ -58,6 +60,7 @@ class Span:
         """Give the weights back; nothing can be computed afterwards."""
         self.layers.clear()
         self.layouts.release()
+        self.adapted.release()
         return_freed_memory()
 
     @torch.inference_mode()
@@ -144,6 +147,7 @@ def load_span(
         replacements=replacements,
         layers=layers,
         layouts=Layouts(layers),
+        adapted=AdaptedLayers(layers),
         _layer_types=list(families.layer_types(config)),
         # Outside of the meta device: its frequencies are computed, not loaded.
         _rotary=family.rotary_embedding(config).to(device),
@@ -174,6 +178,11 @@ def _fill(
         setattr(layer.get_submodule(owner), attribute, loaded)
         size_bytes += loaded.numel() * loaded.element_size()
     return size_bytes
+
+
+def read_tensor(checkpoint: Checkpoint, info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
+    """One tensor as the span has it, on the CPU. Raises CheckpointError."""
+    return _read(checkpoint, [info], torch.Size(info.shape), dtype)
 
 
 def _read(

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ import torch
 
 from swarm.compute.devices import check_magnitude
 from swarm.compute.wire_tensors import TORCH_DTYPES, tensor_from_wire, tensor_to_wire
+from swarm.node.engine.adapted_layers import Segment
 from swarm.node.engine.api import StepInput, StepOutput
 from swarm.node.engine.batching import SHORT_STEP_TOKENS, BatchLimits, WaitingStep, choose_batch
 from swarm.node.engine.cache import SpanCache
@@ -360,21 +361,46 @@ def compute_batch(
         except ProtocolError as error:
             results[index] = error
     if running:
+        # Sessions with the same adapter lie side by side.
+        order = sorted(range(len(running)), key=lambda place: _adapter_id(steps[running[place]][0]))
+        running, inputs = [running[place] for place in order], [inputs[place] for place in order]
         caches = [steps[index][0] for index in running]
         positions = [steps[index][1].position for index in running]
         tokens = [steps[index][1].activations.shape[1] for index in running]
         batch = RaggedBatch(caches, positions, tokens)
         flat = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         request = caches[0].request
-        output = span.forward(
-            flat.unsqueeze(0), batch, request.first_block, request.end_block
-        ).squeeze(0)
+        first_layer, end_layer = (
+            block - span.first_block for block in (request.first_block, request.end_block)
+        )
+        with span.adapted.active(_segments(caches, tokens), first_layer, end_layer):
+            output = span.forward(
+                flat.unsqueeze(0), batch, request.first_block, request.end_block
+            ).squeeze(0)
         start = 0
         for index, cache, count in zip(running, caches, tokens, strict=True):
             end = start + cache.request.rows * count
             results[index] = _finish(cache, steps[index][1], output[start:end])
             start = end
     return [results[index] for index in range(len(steps))]
+
+
+def _adapter_id(cache: SpanCache) -> bytes:
+    return b"" if cache.adapter is None else cache.adapter.adapter_id
+
+
+def _segments(caches: Sequence[SpanCache], tokens: Sequence[int]) -> list[Segment]:
+    """The rows of sessions with adapters, where sessions with the same one are neighbours."""
+    segments: list[Segment] = []
+    end = 0
+    for cache, count in zip(caches, tokens, strict=True):
+        start, end = end, end + cache.request.rows * count
+        if cache.adapter is None:
+            continue
+        if segments and segments[-1].adapter is cache.adapter:
+            start = segments.pop().start
+        segments.append(Segment(start, end, cache.adapter))
+    return segments
 
 
 def _prepare(span: Span, cache: SpanCache, step: StepInput) -> torch.Tensor:

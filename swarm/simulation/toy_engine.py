@@ -16,6 +16,7 @@ from swarm.node.engine.api import (
     CacheRequest,
     CacheState,
     EngineLoad,
+    NoAdapters,
     SessionCache,
     StepInput,
     StepOutput,
@@ -76,6 +77,7 @@ class ToyEngine:
         self._total_tokens = cache_tokens
         self._block_s = block_s
         self._device = asyncio.Lock()
+        self.adapters = NoAdapters()
 
     @property
     def load(self) -> EngineLoad:
@@ -83,6 +85,8 @@ class ToyEngine:
 
     def reserve(self, request: CacheRequest) -> ToyCache:
         tokens = request.maximum_tokens
+        if request.adapter_id:
+            raise ProtocolError(ErrorCode.ADAPTER_MISSING)
         if tokens > self.free_tokens:
             raise ProtocolError(ErrorCode.NO_CAPACITY)
         self.free_tokens -= tokens

@@ -15,6 +15,7 @@ from random import Random
 
 import pytest
 
+from swarm.client.adapter_push import AdapterSource
 from swarm.client.bans import FailureKind
 from swarm.client.chain import Chain, ChainObserver, ChainTimeouts
 from swarm.client.hops import SessionRequest
@@ -30,6 +31,7 @@ from swarm.node.engine.api import (
     StepOutput,
 )
 from swarm.node.service import NodeService, ServiceLimits
+from swarm.protocol.adapter_index import AdapterIndex, ModuleSpec, TensorSpec
 from swarm.protocol.errors import ErrorCode, NoRouteError, ProtocolError
 from swarm.protocol.identity import Identity, PeerId
 from swarm.protocol.tensors import DType, WireTensor
@@ -44,8 +46,9 @@ TOKEN_BYTES = HIDDEN * 4
 class ToyBlocks:
     """Blocks ``[first, end)`` and their caches: the reference, and the core of the engine."""
 
-    def __init__(self, first: int, end: int, rows: int) -> None:
+    def __init__(self, first: int, end: int, rows: int, adapter_id: bytes = b"") -> None:
         self.blocks = range(first, end)
+        self.adapter_id = adapter_id
         self.rows = rows
         self._cache: dict[tuple[int, int], list[bytes]] = {
             (block, row): [] for block in self.blocks for row in range(rows)
@@ -92,7 +95,7 @@ class ToyBlocks:
                 for block in self.blocks:
                     entries = self._cache[block, row]
                     entries.append(value)
-                    digest = hashlib.sha256(b"%d" % block)
+                    digest = hashlib.sha256(b"%d" % block + self.adapter_id)
                     for entry in entries:
                         digest.update(entry)
                     value = digest.digest()[:TOKEN_BYTES]
@@ -114,6 +117,48 @@ class ToyCache:
 
 
 @dataclass
+class ToyAdapters:
+    """Adapters by their ids alone; tensors are checked like those of real ones."""
+
+    engine: ToyEngine
+    adapter_ids: list[bytes] = field(default_factory=list)
+    refusal: ErrorCode | None = None
+
+    def __contains__(self, adapter_id: bytes) -> bool:
+        return adapter_id in self.adapter_ids
+
+    def admit(self, index: AdapterIndex) -> ToyIncoming:
+        if self.refusal is not None:
+            raise ProtocolError(self.refusal)
+        return ToyIncoming(self, index)
+
+
+@dataclass
+class ToyIncoming:
+    adapters: ToyAdapters
+    index: AdapterIndex
+    taken: int = 0
+
+    @property
+    def wanted(self) -> Sequence[ModuleSpec]:
+        engine = self.adapters.engine
+        return self.index.of_blocks(engine.first_block, engine.end_block)
+
+    async def load_module(self, module: ModuleSpec, tensors: Sequence[bytes | bytearray]) -> None:
+        for spec, data in zip(module.tensors, tensors, strict=True):
+            if hashlib.sha256(data).digest() != spec.sha256:
+                raise ProtocolError(ErrorCode.ADAPTER_REFUSED)
+        self.taken += 1
+
+    def finish(self) -> None:
+        assert self.taken == len(self.wanted)
+        self.adapters.adapter_ids.append(self.index.adapter_id)
+
+    def abandon(self) -> None:
+        pass
+
+
+@dataclass
 class ToyEngine:
     """Implements ``swarm.node.engine.api.Engine`` in virtual time."""
 
@@ -130,6 +175,7 @@ class ToyEngine:
 
     def __post_init__(self) -> None:
         self.free_tokens = self.total_tokens
+        self.adapters = ToyAdapters(self)
 
     @property
     def load(self) -> EngineLoad:
@@ -137,10 +183,12 @@ class ToyEngine:
 
     def reserve(self, request: CacheRequest) -> ToyCache:
         tokens = request.rows * request.maximum_tokens
+        if request.adapter_id and request.adapter_id not in self.adapters:
+            raise ProtocolError(ErrorCode.ADAPTER_MISSING)
         if tokens > self.free_tokens:
             raise ProtocolError(ErrorCode.NO_CAPACITY)
         self.free_tokens -= tokens
-        blocks = ToyBlocks(request.first_block, request.end_block, request.rows)
+        blocks = ToyBlocks(request.first_block, request.end_block, request.rows, request.adapter_id)
         return ToyCache(blocks, tokens, self)
 
     async def step(self, cache: SessionCache, step: StepInput) -> StepOutput:
@@ -362,12 +410,13 @@ class ToySwarm:
         timeouts: ChainTimeouts | None = None,
         planner: ToyPlanner | None = None,
         journal_budget: JournalBudget | None = None,
+        adapter: AdapterSource | None = None,
     ) -> AsyncIterator[Chain]:
         """A chain that prefers these nodes, in this order; all by default."""
         chain = Chain(
             self.client,
             planner or ToyPlanner(self, indices),
-            SessionRequest(REVISION, HIDDEN, rows, maximum_tokens, DType.FLOAT32),
+            SessionRequest(REVISION, HIDDEN, rows, maximum_tokens, DType.FLOAT32, adapter=adapter),
             self.number_of_blocks,
             journal_budget=journal_budget,
             clock=self.clock,
@@ -394,10 +443,37 @@ class ToySwarm:
             assert node.counted.opened == node.counted.closed
 
 
+class ToyAdapter:
+    """Random tensors for one linear layer of each block; a source as ``client`` wants it."""
+
+    def __init__(self, seed: int, number_of_blocks: int = 6) -> None:
+        random = Random(seed)
+        self.tensors: list[list[bytes]] = []
+        modules = []
+        for block in range(number_of_blocks):
+            shapes = ((2, HIDDEN), (HIDDEN, 2))
+            data = [random.randbytes(4 * rows * columns) for rows, columns in shapes]
+            a, b = (
+                TensorSpec(DType.FLOAT32, shape, hashlib.sha256(each).digest())
+                for shape, each in zip(shapes, data, strict=True)
+            )
+            self.tensors.append(data)
+            modules.append(ModuleSpec(block, "self_attn.q_proj", 1.0, a, b))
+        self.index = AdapterIndex(b"", tuple(modules))
+
+    def read(self, module: ModuleSpec) -> list[bytes]:
+        return self.tensors[module.block]
+
+
 def toy_tensor(random: Random, rows: int, tokens: int) -> WireTensor:
     return WireTensor(
         DType.FLOAT32, (rows, tokens, HIDDEN), random.randbytes(rows * tokens * TOKEN_BYTES)
     )
+
+
+@pytest.fixture
+def toy_adapter() -> type[ToyAdapter]:
+    return ToyAdapter
 
 
 @pytest.fixture

@@ -48,6 +48,8 @@ def build(vector: dict[str, Any]) -> Any:
                     bytes.fromhex(value["data"]),
                     Encoding[value["encoding"]],
                 )
+            case "tuple[bytes, ...]":
+                value = tuple(map(bytes.fromhex, value))
             case declared if declared.startswith("tuple"):
                 value = tuple(value)
             case "NodeState":
