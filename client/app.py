@@ -134,6 +134,16 @@ class SwarmClient:
         except OSError as error:
             log.warning("could not keep the peers in %s: %s", peers_file, error.strerror)
 
+    @property
+    def directory(self) -> Directory:
+        """For programs that read it themselves."""
+        return self._network
+
+    @property
+    def clock(self) -> Clock:
+        """Time as the swarm has it."""
+        return self._clock
+
     async def models(self) -> list[ModelSummary]:
         """What the swarm serves, by its directory."""
         return await list_models(self._network, self._clock)

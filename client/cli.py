@@ -33,6 +33,7 @@ from swarm.client.gateway.commands import app as gateway_app
 from swarm.client.gateway.settings import TABLE as GATEWAY_TABLE
 from swarm.client.operator_commands import operator_app
 from swarm.client.output import Answer, error_to_json, explain, note
+from swarm.client.status_commands import app as status_app
 from swarm.client.witness_commands import witness_app
 from swarm.protocol.errors import (
     NoRouteError,
@@ -72,6 +73,7 @@ app = typer.Typer(
 app.add_typer(operator_app)
 app.add_typer(witness_app)
 app.add_typer(gateway_app)
+app.add_typer(status_app)
 
 # --- flags that several commands share -----------------------------------------------------------
 Model = Annotated[

@@ -27,6 +27,7 @@ from swarm.clock_offset import ClockOffsets, CorrectedClock
 from swarm.membership import Announcer, coverage, read_nodes
 from swarm.node.addresses import for_people, for_record, is_public
 from swarm.node.advice import Adviser
+from swarm.node.announced_work import AnnouncedWork
 from swarm.node.board import Board
 from swarm.node.config import BlockSpan, NodeSettings, PeerSettings, SeedSettings
 from swarm.node.control import control_path, controlled
@@ -149,6 +150,7 @@ class _Node:
         self._leaving = leaving
         self._clock_offsets = ClockOffsets(LoopClock())
         self._clock = CorrectedClock(LoopClock(), self._clock_offsets)
+        self._work = AnnouncedWork(board.metrics, settings.declared_watts)
 
     async def live(self) -> None:
         async with AsyncExitStack() as stack:
@@ -268,6 +270,7 @@ class _Node:
         """Tell the owner what is served now."""
         description = {key: str(value) for key, value in engine.describe().items()}
         self._board.engine = engine
+        self._work.computes_on(description["device"])
         self._board.update(
             first_block=engine.first_block,
             end_block=engine.end_block,
@@ -278,7 +281,9 @@ class _Node:
             {**description, "model": model.checkpoint.name, "software": software_version()}
         )
         metrics.watch_engine(engine)
-        engine.observe_batches(lambda report: metrics.batch_computed(report.steps))
+        engine.observe_batches(
+            lambda report: metrics.batch_computed(report.steps, report.compute_s)
+        )
 
     def _relocation(
         self,
@@ -345,7 +350,8 @@ class _Node:
         """No new sessions; those that run are handed over or end, or we have waited enough."""
         wait_s = self._settings.drain_timeout_s
         service.stop_accepting(wait_s)
-        announcer.update(replace(announcer.record, state=NodeState.DRAINING, cache_tokens_free=0))
+        leaving = replace(announcer.record, state=NodeState.DRAINING, cache_tokens_free=0)
+        announcer.update(self._work.added_to(leaving))
         self._board.drain(wait_s)
         try:
             async with asyncio.timeout(wait_s):
@@ -394,7 +400,8 @@ class _Node:
         """Keep the announced load and the shown coverage young."""
         await around.view.ready()
         while True:
-            announcer.update(_with_load(announcer.record, relocation.engine))
+            record = _with_load(announcer.record, relocation.engine)
+            announcer.update(self._work.added_to(record))
             records = around.view.records()
             covered = coverage(records, announcer.record.number_of_blocks)
             self._board.update(coverage=tuple(covered), advice=await adviser.advise(records))

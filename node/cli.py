@@ -148,6 +148,10 @@ def join(
     country: Annotated[
         str | None, typer.Option("--country", metavar="CC", help="Where it stands, as in KE.")
     ] = None,
+    watts: Annotated[
+        float | None,
+        typer.Option("--watts", help="What this computer draws at work, for energy statistics."),
+    ] = None,
     hours: Annotated[
         str | None,
         typer.Option("--hours", metavar="BEGIN-END", help="When to work, as 20:00-08:00."),
@@ -187,6 +191,7 @@ def join(
                 "threads": threads,
                 "memory_bytes": memory,
                 "cache_tokens": cache_tokens,
+                "declared_watts": watts,
                 "hours": hours,
                 "listen_addresses": listen,
                 "announce_addresses": announce,

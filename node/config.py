@@ -170,6 +170,9 @@ class NodeSettings(PeerSettings):
     session_lifetime_s: float = 21600.0
     """Seconds after which a session is closed in any case."""
 
+    declared_watts: float | None = None
+    """What this computer draws while it computes; for statistics, where it cannot measure that."""
+
     hours: Hours | None = None
     """Hours of the day at which to work, as ``20:00-08:00``, local time; by default always.
 
@@ -388,6 +391,8 @@ def _check_node(settings: NodeSettings) -> None:
         raise ConfigError("set blocks or number_of_blocks, not both")
     if settings.device.split(":")[0] not in DEVICES:
         raise ConfigError(f"device {settings.device!r}: one of {', '.join(DEVICES)}")
+    if settings.declared_watts is not None and not 0 < settings.declared_watts <= 20_000:
+        raise ConfigError("declared_watts must be above 0 and at most 20000")
     if not 0 <= settings.drain_timeout_s <= 3600:
         raise ConfigError("drain_timeout_s must be between 0 and 3600 seconds")
     if settings.dtype not in DTYPES:

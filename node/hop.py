@@ -64,7 +64,9 @@ MAXIMUM_BACKGROUND_TASKS = 8
 class HopObserver(Protocol):
     """What is counted for each step."""
 
-    def step_done(self, *, rows: int, tokens: int, queue_us: int, compute_us: int) -> None: ...
+    def step_done(
+        self, *, rows: int, tokens: int, blocks: int, queue_us: int, compute_us: int
+    ) -> None: ...
 
     def replayed(self, *, tokens: int) -> None:
         """So many tokens (rows x positions) were computed again for a session that heals."""
@@ -121,6 +123,7 @@ class Hop:
         control: Connection,
         engine: Engine,
         cache: SessionCache,
+        blocks: int,
         observer: HopObserver,
         clock: Clock,
         limits: HopLimits,
@@ -132,6 +135,7 @@ class Hop:
         self._control = control
         self._engine = engine
         self._cache = cache
+        self._blocks = blocks
         self._observer = observer
         self._clock = clock
         self._limits = limits
@@ -449,7 +453,13 @@ class Hop:
             step.activations, step.position, step.output_tokens if last else tokens, row_order
         )
         self._mover.changed(0 if row_order else step.position)
-        self._observer.step_done(rows=rows, tokens=tokens, queue_us=queue_us, compute_us=compute_us)
+        self._observer.step_done(
+            rows=rows,
+            tokens=tokens,
+            blocks=self._blocks,
+            queue_us=queue_us,
+            compute_us=compute_us,
+        )
         hop_queue_us = (*step.hop_queue_us, queue_us)
         hop_compute_us = (*step.hop_compute_us, compute_us)
         message: Step | StepResult

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol
 from wsgiref.simple_server import WSGIServer
@@ -39,6 +39,11 @@ class NodeTotals:
     sessions_open: int = 0
     tokens: int = 0
     refused: int = 0
+    decode_block_tokens: int = 0
+    """Tokens x blocks computed one token at a time."""
+    prefill_block_tokens: int = 0
+    computed_s: float = 0.0
+    """In which the device worked."""
 
 
 class NodeMetrics:
@@ -69,6 +74,22 @@ class NodeMetrics:
             "swarm_node_tokens_total",
             "Tokens (rows x positions) that went through the whole span of a session.",
             ["kind"],
+            registry=registry,
+        )
+        self._block_tokens = Counter(
+            "swarm_node_block_tokens_total",
+            "Tokens (rows x positions) x blocks that they went through.",
+            ["kind"],
+            registry=registry,
+        )
+        self._computed_seconds = Counter(
+            "swarm_node_computed_seconds_total",
+            "Time in which the device worked.",
+            registry=registry,
+        )
+        self._energy = Gauge(
+            "swarm_node_energy_joules",
+            "Energy of this node's work since its blocks were loaded; 0 when it cannot tell.",
             registry=registry,
         )
         self._batch_size = Histogram(
@@ -151,22 +172,37 @@ class NodeMetrics:
         self._sessions_open.dec()
         self._add(sessions_open=-1)
 
-    def step_done(self, *, rows: int, tokens: int, queue_us: int, compute_us: int) -> None:
-        """A step of ``rows x tokens`` was computed; ``tokens == 1`` counts as decode."""
+    def step_done(
+        self, *, rows: int, tokens: int, blocks: int, queue_us: int, compute_us: int
+    ) -> None:
+        """A step of ``rows x tokens`` went through so many blocks; ``tokens == 1`` is decode."""
         kind = "decode" if tokens == 1 else "prefill"
         self._steps.labels(kind).inc()
         self._tokens.labels(kind).inc(rows * tokens)
         self._queue.observe(queue_us / 1e6)
         self._compute.observe(compute_us / 1e6)
-        self._add(tokens=rows * tokens)
+        block_tokens = rows * tokens * blocks
+        self._block_tokens.labels(kind).inc(block_tokens)
+        decode = block_tokens if tokens == 1 else 0
+        self._add(
+            tokens=rows * tokens,
+            decode_block_tokens=decode,
+            prefill_block_tokens=block_tokens - decode,
+        )
 
     def replayed(self, *, tokens: int) -> None:
         """So many tokens (rows x positions) were computed again for a session that heals."""
         self._replayed_tokens.inc(tokens)
 
-    def batch_computed(self, steps: int) -> None:
-        """The device computed ``steps`` steps in one batch."""
+    def batch_computed(self, steps: int, compute_s: float) -> None:
+        """The device computed ``steps`` steps in one batch, which took ``compute_s``."""
         self._batch_size.observe(steps)
+        self._computed_seconds.inc(compute_s)
+        self._add(computed_s=compute_s)
+
+    def energy(self, total_j: float) -> None:
+        """The node's work has taken so much."""
+        self._energy.set(total_j)
 
     def refused(self, code: ErrorCode) -> None:
         self._refused.labels(code.name.lower()).inc()
@@ -180,12 +216,11 @@ class NodeMetrics:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry).decode()
 
-    def _add(self, *, sessions_open: int = 0, tokens: int = 0, refused: int = 0) -> None:
+    def _add(self, **more: float) -> None:
         with self._lock:
             old = self._totals
-            self._totals = NodeTotals(
-                old.sessions_open + sessions_open, old.tokens + tokens, old.refused + refused
-            )
+            changed = {name: getattr(old, name) + value for name, value in more.items()}
+            self._totals = replace(old, **changed)
 
 
 class MetricsServer:

@@ -398,6 +398,7 @@ class NodeService:
             control=connection,
             engine=engine,
             cache=cache,
+            blocks=request.end_block - request.first_block,
             observer=self._observer,
             clock=self._clock,
             limits=HopLimits(self._limits.session_idle_s, self._limits.session_lifetime_s),

@@ -119,6 +119,14 @@ class NodeRecord:
     """The span that a MOVING node prepares; 0 and 0 in every other state."""
     busy_permille: int = wire(32, Uint(1000), 0)
     """Share of recent time in which the device computed."""
+    decode_block_tokens: int = wire(50, COUNT, 0)
+    """Tokens x blocks computed one token at a time, since the node started; by its own count."""
+    prefill_block_tokens: int = wire(51, COUNT, 0)
+    """Tokens x blocks of prompts, likewise."""
+    energy_j: int = wire(52, COUNT, 0)
+    """Needed for them, likewise; 0 when the node cannot tell."""
+    energy_measured: bool = wire(53, Uint(1), False)
+    """By counters of processor or graphics card; else from the power that its owner declares."""
 
     @property
     def takes_sessions(self) -> bool:

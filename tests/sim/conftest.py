@@ -278,7 +278,9 @@ class Counted:
     def bytes_moved(self, *, sent: int, received: int) -> None:
         return None
 
-    def step_done(self, *, rows: int, tokens: int, queue_us: int, compute_us: int) -> None:
+    def step_done(
+        self, *, rows: int, tokens: int, blocks: int, queue_us: int, compute_us: int
+    ) -> None:
         self.steps += 1
 
     def replayed(self, *, tokens: int) -> None:

@@ -21,7 +21,7 @@ def test_the_snapshot_is_complete() -> None:
     board.engine = BusyEngine()
     board.update(state="online", first_block=2)
     board.metrics.session_opened()
-    board.metrics.step_done(rows=1, tokens=7, queue_us=0, compute_us=0)
+    board.metrics.step_done(rows=1, tokens=7, blocks=3, queue_us=0, compute_us=0)
     board.metrics.refused(ErrorCode.GAP)
     status = board.snapshot()
     assert (status.state, status.display_name, status.first_block) == ("online", "n", 2)

@@ -29,9 +29,9 @@ def metrics() -> NodeMetrics:
     metrics.session_opened()
     metrics.session_opened()
     metrics.session_closed()
-    metrics.step_done(rows=2, tokens=5, queue_us=1500, compute_us=30_000)
-    metrics.step_done(rows=2, tokens=1, queue_us=0, compute_us=3_000)
-    metrics.batch_computed(4)
+    metrics.step_done(rows=2, tokens=5, blocks=3, queue_us=1500, compute_us=30_000)
+    metrics.step_done(rows=2, tokens=1, blocks=3, queue_us=0, compute_us=3_000)
+    metrics.batch_computed(4, 0.5)
     metrics.refused(ErrorCode.BAD_TENSOR)
     metrics.bytes_moved(sent=10, received=20)
     return metrics
@@ -68,7 +68,14 @@ def test_what_happened_is_counted(metrics: NodeMetrics) -> None:
 
 
 def test_totals_for_the_view(metrics: NodeMetrics) -> None:
-    assert metrics.totals == NodeTotals(sessions_open=1, tokens=12, refused=1)
+    assert metrics.totals == NodeTotals(
+        sessions_open=1,
+        tokens=12,
+        refused=1,
+        decode_block_tokens=6,
+        prefill_block_tokens=30,
+        computed_s=0.5,
+    )
 
 
 def test_every_metric_has_a_type_and_a_help_text(metrics: NodeMetrics) -> None:

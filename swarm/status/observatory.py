@@ -1,0 +1,383 @@
+"""Remembers the swarm from look to look, and makes the snapshot that the page shows.
+
+Memory holds what the next look needs, the database everything. Synchronous and not thread-safe:
+the owner runs it in one thread, beside the event loop that answers readers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from swarm.block_vectors import block_vectors, placed_nodes
+from swarm.membership import ModelSummary, coverage
+from swarm.model_health import model_health
+from swarm.protocol.records import NodeRecord
+from swarm.status import incidents
+from swarm.status.block_map import PEERS_VARIABLE, weak_spans
+from swarm.status.carbon import GridFactors
+from swarm.status.database import DAY_S, KEPT_PRESENCE_S, Database, Declared, Look, NodeRow
+from swarm.status.database import SampleRow as Sample
+from swarm.status.incidents import Finding
+from swarm.status.plain_text import plain_text
+from swarm.status.presence import extended, since, uptime
+from swarm.status.snapshot import (
+    Crawl,
+    ModelStatus,
+    NodeStatus,
+    Probe,
+    Snapshot,
+    Standing,
+    Totals,
+    Work,
+)
+from swarm.status.work import Counters, work_between
+
+MONTH_DAYS = 30
+SHOWN_LOST_S = DAY_S
+CONTINUOUS_PERIODS = 3
+"""Looks further apart leave a gap in what was watched."""
+FORGET_EACH_S = 3600.0
+MOST_SPEED = 1e6
+"""Tokens/s that a page shows as announced; more is a lie that would spoil the layout."""
+
+Key = tuple[str, str]
+"""Peer and revision."""
+
+
+class Observatory:
+    """One swarm's history and present."""
+
+    def __init__(
+        self,
+        database: Database,
+        factors: GridFactors,
+        *,
+        period_s: float,
+        peers: str = PEERS_VARIABLE,
+    ) -> None:
+        """``peers`` stands in the join lines."""
+        self._database = database
+        self._factors = factors
+        self._period_s = period_s
+        self._peers = peers
+        self._known: dict[Key, NodeRow] = {
+            (row.peer_id, row.revision): row for row in database.nodes()
+        }
+        self._presence = database.presence()
+        self._watched = database.watched()
+        self._days = database.work_by_day()
+        self._probes = database.latest_probes()
+        self._here: frozenset[Key] = frozenset(self._known_at(self._last_look))
+        self._forgot_unix_s = -math.inf
+        self._version = 0
+        self.snapshot = Snapshot(0, 0.0, self._last_look or 0.0, period_s, math.inf)
+
+    @property
+    def _last_look(self) -> float | None:
+        return self._watched[-1][1] if self._watched else None
+
+    def _known_at(self, unix_s: float | None) -> Iterable[Key]:
+        return (key for key, row in self._known.items() if row.seen_unix_s == unix_s)
+
+    # --- one look --------------------------------------------------------------------------------
+    def observe(self, crawl: Crawl) -> Snapshot:
+        """Take a look into account, write it down, and make the snapshot of it."""
+        if self._is_blind(crawl):
+            return self._stay_blind(crawl)
+        now = crawl.at_unix_s
+        previous = self._last_look
+        if previous is not None and not 0 < now - previous <= CONTINUOUS_PERIODS * self._period_s:
+            previous = None
+        rows: dict[Key, NodeRow] = {}
+        added: list[tuple[str, str, Work]] = []
+        samples: list[Sample] = []
+        for summary, records in crawl.models:
+            work = Work()
+            for record in records:
+                row, more = self._seen(record, now, previous)
+                rows[row.peer_id, row.revision] = row
+                if more != Work():
+                    added.append((row.peer_id, row.revision, more))
+                    work += more
+            samples.append(self._sample(summary, records, work))
+        vanished = self._vanished(rows) if previous is not None else 0
+        self._here = frozenset(rows)
+        self._known |= rows
+        self._watch(rows, previous, now)
+        self._count_days(added, now)
+        models = [self._model(summary, records, now) for summary, records in crawl.models]
+        at_once = []
+        if incidents.is_mass_loss(vanished, len(rows) + vanished):
+            at_once.append(Finding("nodes_lost", detail=str(vanished)))
+        look = Look(
+            at_unix_s=now,
+            watched=self._watched[-1],
+            nodes=tuple(rows.values()),
+            presence=tuple((peer, self._presence[peer][-1]) for peer in {peer for peer, _ in rows}),
+            work=tuple(added),
+            samples=tuple(samples),
+            closed_at_once=tuple(at_once),
+        )
+        self._write(look, incidents.findings(models))
+        self._forget(now)
+        return self._publish(crawl, models)
+
+    def _is_blind(self, crawl: Crawl) -> bool:
+        """Whether the page hears nothing: it then knows nothing, and nobody is gone by its word."""
+        nobody = not any(records for _, records in crawl.models)
+        return crawl.at_unix_s - crawl.heard_unix_s > crawl.stale_after_s or (
+            nobody and bool(self._here)
+        )
+
+    def _stay_blind(self, crawl: Crawl) -> Snapshot:
+        """What was known stays as it was, with its age."""
+        found = [Finding("page_blind")] if self._here else []
+        self._write(Look(crawl.at_unix_s), found)
+        self._version += 1
+        self.snapshot = replace(
+            self.snapshot,
+            version=self._version,
+            taken_unix_s=crawl.at_unix_s,
+            heard_unix_s=max(crawl.heard_unix_s, self.snapshot.heard_unix_s),
+            stale_after_s=crawl.stale_after_s,
+            incidents=self._database.incidents(),
+        )
+        return self.snapshot
+
+    def _write(self, look: Look, found: Sequence[Finding]) -> None:
+        known = self._database.incidents()
+        opened, changed, closed = incidents.changes(
+            [incident for incident in known if incident.closed_unix_s is None], found
+        )
+        self._database.write(
+            replace(look, opened=tuple(opened), changed=tuple(changed), closed=tuple(closed))
+        )
+
+    def probed(self, probe: Probe) -> None:
+        """Remember a probe; the next look shows it."""
+        self._database.add_probe(probe)
+        self._probes[probe.revision] = probe
+
+    def donor(self, peer_id: str, now_unix_s: float) -> tuple[NodeStatus, ...]:
+        """A peer's nodes, also those that are gone; empty when nobody has seen it."""
+        keys = sorted(key for key in self._known if key[0] == peer_id)
+        return tuple(self._node(self._known[key], now_unix_s) for key in keys)
+
+    # --- parts of it -----------------------------------------------------------------------------
+    def _seen(self, record: NodeRecord, now: float, previous: float | None) -> tuple[NodeRow, Work]:
+        key = (record.peer_id, record.model_revision.hex())
+        known = self._known.get(key)
+        more = work_between(
+            known.counters if known else None,
+            record,
+            elapsed_s=now - known.seen_unix_s if known else 0.0,
+            grams_per_kwh=self._factors.grams_per_kwh(record.country),
+        )
+        if known is None and previous is not None and record.started_unix_s >= previous:
+            # It has begun since the last look: all that it did, we have seen it do.
+            fresh = Counters(record.started_unix_s, 0, 0, 0)
+            more = work_between(
+                fresh,
+                record,
+                elapsed_s=now - previous,
+                grams_per_kwh=self._factors.grams_per_kwh(record.country),
+            )
+        row = NodeRow(
+            *key,
+            known.registered_unix_s if known else now,
+            now,
+            declared(record),
+            Counters.of(record),
+            known.work + more if known else more,
+        )
+        return row, more
+
+    def _sample(self, summary: ModelSummary, records: Sequence[NodeRecord], work: Work) -> Sample:
+        replicas = coverage(records, summary.number_of_blocks)
+        serving = sum(record.takes_sessions for record in records)
+        return Sample(summary.model_revision.hex(), serving, min(replicas, default=0), work)
+
+    def _vanished(self, rows: dict[Key, NodeRow]) -> int:
+        """Nodes that were serving at the last look and went without a word."""
+        gone = self._here - rows.keys()
+        return sum(Standing(self._known[key].declared.standing).serves for key in gone)
+
+    def _watch(self, rows: dict[Key, NodeRow], previous: float | None, now: float) -> None:
+        self._watched = since(extended(self._watched, previous, now), now - KEPT_PRESENCE_S)
+        for peer in {peer for peer, _ in rows}:
+            self._presence[peer] = extended(self._presence.get(peer, ()), previous, now)
+
+    def _count_days(self, added: Iterable[tuple[str, str, Work]], now: float) -> None:
+        day = int(now) // DAY_S
+        for _, revision, work in added:
+            self._days[day, revision] = self._days.get((day, revision), Work()) + work
+
+    def _forget(self, now: float) -> None:
+        if now - self._forgot_unix_s < FORGET_EACH_S:
+            return
+        self._forgot_unix_s = now
+        self._database.forget(now)
+        kept = ((peer, since(item, now - KEPT_PRESENCE_S)) for peer, item in self._presence.items())
+        self._presence = {peer: intervals for peer, intervals in kept if intervals}
+        if len(self._known) > len(self._here):
+            self._known = {(row.peer_id, row.revision): row for row in self._database.nodes()}
+
+    # --- the snapshot ----------------------------------------------------------------------------
+    def _publish(self, crawl: Crawl, models: list[ModelStatus]) -> Snapshot:
+        now = crawl.at_unix_s
+        here = [self._node(self._known[key], now) for key in sorted(self._here)]
+        lost = [
+            self._node(row, now)
+            for key, row in sorted(self._known.items())
+            if key not in self._here
+            and row.seen_unix_s > now - SHOWN_LOST_S
+            and row.declared.standing != Standing.DRAINING
+        ]
+        of_peer: dict[str, tuple[NodeStatus, ...]] = {}
+        for node in (*here, *lost):
+            of_peer[node.peer_id] = (*of_peer.get(node.peer_id, ()), node)
+        self._version += 1
+        self.snapshot = Snapshot(
+            version=self._version,
+            taken_unix_s=now,
+            heard_unix_s=crawl.heard_unix_s,
+            period_s=self._period_s,
+            stale_after_s=crawl.stale_after_s,
+            totals=self._totals(here, models, now),
+            models=tuple(models),
+            nodes=(*here, *lost),
+            incidents=self._database.incidents(),
+            of_peer=of_peer,
+        )
+        return self.snapshot
+
+    def _node(self, row: NodeRow, now: float) -> NodeStatus:
+        known = row.declared
+        here = (row.peer_id, row.revision) in self._here
+        registered = row.registered_unix_s
+
+        def up(window_s: float) -> float | None:
+            return uptime(
+                self._presence.get(row.peer_id, ()),
+                self._watched,
+                window_s=window_s,
+                registered_unix_s=registered,
+                now_unix_s=now,
+            )
+
+        return NodeStatus(
+            peer_id=row.peer_id,
+            name=known.name,
+            organisation=known.organisation,
+            country=known.country,
+            model_name=known.model_name,
+            revision=row.revision,
+            number_of_blocks=known.number_of_blocks,
+            first_block=known.first_block,
+            end_block=known.end_block,
+            precision=known.precision,
+            tokens_per_s=known.tokens_per_s,
+            standing=Standing(known.standing) if here else Standing.LOST,
+            adapters=known.adapters,
+            software=known.software,
+            registered_unix_s=registered,
+            seen_unix_s=row.seen_unix_s,
+            uptime_24h=up(DAY_S),
+            uptime_30d=up(MONTH_DAYS * DAY_S),
+            energy_source=known.energy_source,
+            work=row.work,
+        )
+
+    def _model(
+        self, summary: ModelSummary, records: Sequence[NodeRecord], now: float
+    ) -> ModelStatus:
+        revision = summary.model_revision.hex()
+        blocks = summary.number_of_blocks
+        name = plain_text(summary.model_name, 128)
+        fitting = [record for record in records if record.number_of_blocks == blocks]
+        serving = [record for record in fitting if record.takes_sessions]
+        replicas = coverage(fitting, blocks)
+        vectors = block_vectors(placed_nodes(fitting, now_unix_s=now), blocks)
+        health = model_health(name, vectors)
+        fastest = [0] * blocks
+        together = [0.0] * blocks
+        for record in serving:
+            span = record.end_block - record.first_block
+            for block in range(record.first_block, record.end_block):
+                fastest[block] = max(fastest[block], record.decode_tokens_per_s)
+                together[block] += record.batched_tokens_per_s / span
+        whole = all(fastest)
+        return ModelStatus(
+            name=name,
+            revision=revision,
+            number_of_blocks=blocks,
+            replicas=tuple(replicas),
+            nodes_serving=len(serving),
+            verdict=health.verdict.name.lower(),
+            copies=health.copies,
+            weak_spans=weak_spans(summary.model_name, replicas, peers=self._peers),
+            announced_tokens_per_s=(
+                min(MOST_SPEED, 1 / sum(1 / speed for speed in fastest)) if whole else 0.0
+            ),
+            announced_batch_tokens_per_s=min(MOST_SPEED, min(together, default=0.0)),
+            adapters=tuple(
+                sorted({plain_text(name) for record in serving for name in record.adapters})
+            ),
+            work_today=self._days.get((int(now) // DAY_S, revision), Work()),
+            probe=self._probes.get(revision),
+        )
+
+    def _totals(
+        self, here: Sequence[NodeStatus], models: Sequence[ModelStatus], now: float
+    ) -> Totals:
+        online = [node for node in here if node.standing.serves]
+        today, month, ever = Work(), Work(), Work()
+        this_day = int(now) // DAY_S
+        this_month = datetime.fromtimestamp(now, UTC).replace(day=1)
+        first_day = int(this_month.timestamp()) // DAY_S
+        for (day, _), work in self._days.items():
+            ever += work
+            if day >= first_day:
+                month += work
+            if day == this_day:
+                today += work
+        return Totals(
+            volunteers_registered=len({peer for peer, _ in self._known}),
+            volunteers_online=len({node.peer_id for node in online}),
+            organisations=len({node.organisation for node in online if node.organisation}),
+            countries=len({node.country for node in online if node.country}),
+            models=len(models),
+            models_whole=sum(model.is_whole for model in models),
+            adapters=len({name for model in models for name in model.adapters}),
+            nodes_with_energy=sum(bool(node.energy_source) for node in online),
+            today=today,
+            month=month,
+            ever=ever,
+        )
+
+
+def declared(record: NodeRecord) -> Declared:
+    """What a record says that may be shown, made plain."""
+    span = record.end_block - record.first_block
+    dtype = record.dtype.name.lower()
+    energy_source = ""
+    if record.energy_j:
+        energy_source = "measured" if record.energy_measured else "declared"
+    return Declared(
+        name=plain_text(record.display_name),
+        organisation=plain_text(record.organisation),
+        country=record.country,
+        model_name=plain_text(record.model_name, 128),
+        number_of_blocks=record.number_of_blocks,
+        first_block=record.first_block,
+        end_block=record.end_block,
+        precision=plain_text(record.quantisation, 24) or dtype,
+        tokens_per_s=min(MOST_SPEED, record.decode_tokens_per_s / span),
+        standing=record.state.name.lower(),
+        adapters=tuple(plain_text(name) for name in record.adapters),
+        software=plain_text(record.software, 32),
+        energy_source=energy_source,
+    )
