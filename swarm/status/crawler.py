@@ -14,6 +14,7 @@ from swarm.membership import ANNOUNCE_PERIOD_S, ModelSummary, announce_period_s,
 from swarm.nodes_view import NodesView, ViewSettings
 from swarm.ports import Clock, Directory
 from swarm.protocol.errors import NetworkError
+from swarm.protocol.identity import PeerId
 from swarm.protocol.records import MAX_SHARDS
 from swarm.status.snapshot import Crawl
 
@@ -29,7 +30,8 @@ FIRST_READ_S = 10.0
 STALE_PERIODS = 2
 """Of the page; what is announced may be one of its own periods old besides."""
 LOST_CHECKS = 3
-"""Looks for dead nodes in each period."""
+"""In each period the directory is asked so often who is dead; whoever is found so is shown then."""
+LOST_POLLS = 30
 
 
 class Crawler:
@@ -49,8 +51,21 @@ class Crawler:
                 started_s = self._clock.monotonic_s()
                 await self._follow(group)
                 await looked(self._crawl())
-                left_s = self._period_s - (self._clock.monotonic_s() - started_s)
-                await self._clock.sleep(max(left_s, self._period_s / 10))
+                await self._until_next(started_s)
+
+    async def _until_next(self, started_s: float) -> None:
+        """Wait for the next look: in a period, or earlier when nodes have died meanwhile."""
+        lost = self._lost()
+        while True:
+            await self._clock.sleep(self._period_s / LOST_POLLS)
+            passed_s = self._clock.monotonic_s() - started_s
+            if passed_s >= self._period_s:
+                return
+            if passed_s >= self._period_s / LOST_CHECKS and not self._lost() <= lost:
+                return
+
+    def _lost(self) -> set[PeerId]:
+        return {peer for _, view, _ in self._followed.values() for peer in view.lost}
 
     async def _follow(self, group: asyncio.TaskGroup) -> None:
         """Read the list of models; begin with new ones, let go of those that nobody lists."""

@@ -151,7 +151,7 @@ class Pages:
             node=nodes[0],
             nodes=nodes,
             work=work,
-            days=bar_chart(bars, axes, language.text("donor.days")),
+            days=bar_chart(bars, axes, language.text("donor.days")) if days else None,
             badge_text=language.text("badge.tokens", tokens=language.amount(work.tokens)),
             origin=self.origin,
         )
