@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from swarm.node.config import NodeSettings, SeedSettings, load_identity_file, load_settings
+from swarm.node.service_commands import app as service_app
+from swarm.node.service_commands import identity as identity_command
 from swarm.protocol.errors import (
     CapacityError,
     CheckpointError,
@@ -354,6 +356,12 @@ def doctor(
             raise typer.Exit(1)
 
 
+app.add_typer(service_app)
+app.command(epilog="[bold]Example[/bold]\n\nswarm-node identity --identity /srv/swarm/seed.key")(
+    identity_command
+)
+
+
 def main() -> None:
     """Entry point of the console script; wrong usage ends with exit code 2."""
     app()
@@ -373,6 +381,11 @@ class _Outcome:
         if isinstance(error, SwarmError):
             self._view.error(str(error))
             raise typer.Exit(exit_code(error)) from None
+
+
+def outcome() -> _Outcome:
+    """For commands that print plain lines."""
+    return _Outcome(_view(False, True))
 
 
 def exit_code(error: SwarmError) -> int:
