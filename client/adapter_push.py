@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from swarm.connection import Connection
+from swarm.connection import Connection, PassportCheck
 from swarm.ports import Transport
 from swarm.protocol.adapter_index import AdapterIndex, ModuleSpec, TensorSpec, size_bytes
 from swarm.protocol.errors import ErrorCode, NetworkError, ProtocolError
@@ -60,6 +60,7 @@ async def push_adapter(
     source: AdapterSource,
     *,
     model_revision: bytes,
+    only_for: PassportCheck | None = None,
 ) -> Pushed:
     """Bring an adapter to ``peer``; returns when sessions may use it there.
 
@@ -76,7 +77,8 @@ async def push_adapter(
                     adapter_id=index.adapter_id,
                     model_revision=model_revision,
                     index_bytes=len(index.encoded),
-                )
+                ),
+                only_for=only_for,
             )
             status = await connection.receive_only(AdapterStatus)
             if status.loaded:

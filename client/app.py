@@ -10,27 +10,36 @@ import asyncio
 import logging
 import random
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 from swarm.cached_peers import load_peers, save_peers, worth_keeping
+from swarm.catalogue.download import Progress
+from swarm.catalogue.library import Library
 from swarm.client.adapter_push import push_timeout_s
 from swarm.client.chain import Chain, ChainObserver, ChainTimeouts
 from swarm.client.config import ClientSettings
 from swarm.client.hops import SessionRequest
 from swarm.client.known_nodes import KnownNodes
 from swarm.client.router import OLDEST_VIEW_S, READ_AGAIN_S, Router
+from swarm.client.weights import client_library, fetch_ends, local_checkpoint
 from swarm.clock_offset import ClockOffsets, CorrectedClock
+from swarm.gate import Gate
 from swarm.journal import JournalBudget
 from swarm.membership import ModelSummary, list_models, read_nodes
+from swarm.membership_files import MembershipFiles
 from swarm.ports import Clock, Directory, Transport
-from swarm.protocol.errors import NoRouteError
+from swarm.protocol.errors import NetworkError, NoRouteError, UsageError
+from swarm.protocol.identity import Identity, PeerId
+from swarm.protocol.passport import Passport
+from swarm.protocol.policy import Policy
 from swarm.protocol.records import NodeRecord
 from swarm.protocol.tensors import DType
+from swarm.revocations import RevocationWatch
 from swarm.routing import Needs
 from swarm.virtual_time import LoopClock
 
@@ -54,7 +63,13 @@ class SwarmClient:
         timeouts: ChainTimeouts | None = None,
         observer: ChainObserver | None = None,
         seed: int | None = None,
+        settings: ClientSettings | None = None,
+        gate: Gate | None = None,
     ) -> None:
+        self._policy = settings.policy if settings is not None else None
+        self.gate = gate
+        """Whom we deal with; None in a swarm without a charter."""
+        self._settings = settings
         self._network = network
         self._clock = clock or LoopClock()
         self._timeouts = timeouts or ChainTimeouts()
@@ -74,10 +89,12 @@ class SwarmClient:
         from swarm.hivemind_network import HivemindNetwork, NetworkSettings
 
         async with AsyncExitStack() as stack:
-            identity_path = settings.identity_path
+            identity_path = settings.key_file
             if identity_path is None:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-client-"))
                 identity_path = Path(folder) / "identity.key"
+            identity = Identity.load_or_create(identity_path)
+            gate = settings.membership_files.require(identity.peer_id, LoopClock())
             network = await HivemindNetwork.create(
                 identity_path,
                 NetworkSettings(
@@ -87,6 +104,7 @@ class SwarmClient:
                     fallback_peers=load_peers(settings.peers_file) if settings.peers_file else (),
                     serve_directory=False,
                     start_timeout_s=settings.connect_timeout_s,
+                    gate=gate,
                 ),
             )
             stack.push_async_callback(network.close)
@@ -99,7 +117,11 @@ class SwarmClient:
                     open_s=settings.open_timeout_s, step_s=settings.step_timeout_s
                 ),
                 observer=observer,
+                settings=settings,
+                gate=gate,
             )
+            if gate is not None:
+                await client._watch_revocations(identity, gate, settings.membership_files)
             if settings.peers_file is not None:
                 stack.callback(client._remember, settings.peers_file)
             client._resources = stack.pop_all()
@@ -152,6 +174,61 @@ class SwarmClient:
         """Nodes that announce blocks of a model revision."""
         return await read_nodes(self._network, model_revision, self._clock)
 
+    async def _watch_revocations(
+        self, identity: Identity, gate: Gate, files: MembershipFiles
+    ) -> None:
+        watch = RevocationWatch(
+            identity, self._network, self._clock, gate, keep=files.keep, brings=False
+        )
+        try:
+            await watch.look()
+        except NetworkError as error:
+            log.warning("the revocation list cannot be read now: %s", error)
+        self._own(watch.run())
+
+    def library(self) -> Library:
+        """The catalogue as this client sees it. Raises UsageError without settings."""
+        if self._settings is None:
+            raise UsageError("a client that was made without settings has no library")
+        publishers = self.gate.charter.publishers if self.gate is not None else ()
+        trusted = frozenset(map(PeerId, publishers)) or None
+        return client_library(self._network, self._clock, self._settings, trusted)
+
+    async def find_ends(self, model_name: str) -> Path:
+        """As ``fetch_ends``, but of a model that may be on this disk already."""
+        local = await asyncio.to_thread(local_checkpoint, model_name)
+        return local if local is not None else await self.fetch_ends(model_name)
+
+    async def fetch_ends(
+        self, model_name: str, on_progress: Callable[[Progress], None] | None = None
+    ) -> Path:
+        """The directory of a model that is not on this disk, with all that a client needs of it.
+
+        Raises CheckpointError when it is nowhere, UsageError when the name is ambiguous.
+        """
+        hub = self._settings is None or self._settings.hub
+        hub = hub and (self.gate is None or self.gate.charter.hub)
+        return await fetch_ends(self.library(), model_name, hub=hub, on_progress=on_progress)
+
+    def under(self, policy: Policy) -> PolicyClient:
+        """This client with a policy for all that is opened through it, beside its own.
+
+        Raises ConfigError when nothing satisfies both.
+        """
+        own = self._policy
+        return PolicyClient(self, policy if own is None else own.both(policy))
+
+    def _passport_of(self, peer: PeerId) -> Passport | None:
+        return None if self.gate is None else self.gate.known(peer)
+
+    def _check_policy(self, policy: Policy) -> None:
+        """Raises NoRouteError for a policy of which nobody could say that it is kept."""
+        if policy.needs_passports and self.gate is None:
+            raise NoRouteError(
+                f"the policy asks for {policy.describe()}, and this swarm has no authority that "
+                "vouches for its nodes (no charter)"
+            )
+
     async def open_chain(
         self,
         request: SessionRequest,
@@ -165,6 +242,10 @@ class SwarmClient:
         ``dtype`` restricts the nodes to one compute precision. Raises NoRouteError when blocks are
         served by nobody or have no room, and when too many attempts failed.
         """
+        if request.policy is None and self._policy is not None:
+            request = replace(request, policy=self._policy)
+        if request.policy is not None:
+            self._check_policy(request.policy)
         router = Router(
             self._network,
             await self._known_nodes(request.model_revision, model_name),
@@ -174,6 +255,8 @@ class SwarmClient:
                 tokens=request.rows * request.maximum_tokens,
                 dtype=dtype,
                 preferred_adapter=request.adapter_id,
+                policy=request.policy,
+                passport_of=self._passport_of,
             ),
             clock=self._clock,
             dice=self._random,
@@ -242,3 +325,30 @@ class SwarmClient:
             )
         names = ", ".join(sorted({model.model_name for model in served})) or "no model at all"
         return f"nobody serves {model_name}; this swarm serves: {names}"
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyClient:
+    """A client whose sessions keep a policy; ``client.remote_blocks.ChainOpener``."""
+
+    client: SwarmClient
+    policy: Policy
+
+    async def open_chain(
+        self,
+        request: SessionRequest,
+        *,
+        number_of_blocks: int,
+        dtype: DType | None = None,
+        model_name: str = "this model",
+    ) -> Chain:
+        """As the client's, under the policy."""
+        return await self.client.open_chain(
+            replace(request, policy=self.policy),
+            number_of_blocks=number_of_blocks,
+            dtype=dtype,
+            model_name=model_name,
+        )
+
+    async def close(self) -> None:
+        """The client goes on: others use it too."""

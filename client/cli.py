@@ -8,51 +8,33 @@ now, 4 the network cannot be used, 130 Ctrl-C.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swarm.client.background import BackgroundLoop
-from swarm.client.config import (
-    PEERS_FILE,
-    PEERS_FILE_VARIABLE,
-    PEERS_VARIABLE,
-    ClientSettings,
-    SamplingSettings,
-    load_settings,
-    read_settings,
-)
+from swarm.client.authority_commands import authority
+from swarm.client.config import SamplingSettings
 from swarm.client.gateway.commands import app as gateway_app
-from swarm.client.gateway.settings import TABLE as GATEWAY_TABLE
+from swarm.client.joining import (
+    Config,
+    Peers,
+    PolicyFile,
+    Swarm,
+    joined,
+    outcome,
+    settings_from,
+)
+from swarm.client.model_commands import models
 from swarm.client.operator_commands import operator_app
-from swarm.client.output import Answer, error_to_json, explain, note
+from swarm.client.output import Answer, explain, note
 from swarm.client.status_commands import app as status_app
 from swarm.client.witness_commands import witness_app
-from swarm.protocol.errors import (
-    NoRouteError,
-    RemoteError,
-    SwarmError,
-    UsageError,
-)
-from swarm.threads import configure_threads_environment
+from swarm.protocol.errors import SwarmError, UsageError
 
 if TYPE_CHECKING:
     from swarm.catalogue.adapter import AdapterFiles
-    from swarm.client.app import SwarmClient
     from swarm.client.chat import Conversation
-    from swarm.client.generate import LocalModel
-
-EXIT_USAGE = 2
-EXIT_CANNOT_SERVE = 3
-EXIT_NETWORK = 4
-EXIT_INTERRUPTED = 130
 
 DEFAULT_CONTEXT_TOKENS = 4096
 
@@ -74,23 +56,12 @@ app.add_typer(operator_app)
 app.add_typer(witness_app)
 app.add_typer(gateway_app)
 app.add_typer(status_app)
+app.add_typer(models, name="models")
+app.add_typer(authority, name="authority")
 
 # --- flags that several commands share -----------------------------------------------------------
 Model = Annotated[
     str, typer.Argument(help="Checkpoint folder, or a name in the Hugging Face cache or hub.")
-]
-Peers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--peers",
-        metavar="ADDRESS",
-        help="A peer to join by, as printed by [bold]swarm-node seed[/bold]; repeat it or separate "
-        f"by commas. {PEERS_VARIABLE} in the environment does the same.",
-    ),
-]
-Config = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="FILE", help="TOML file with settings; flags win over it."),
 ]
 Dtype = Annotated[
     str | None,
@@ -152,6 +123,7 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     dtype: Dtype = None,
+    policy: PolicyFile = None,
     config: Config = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object, and nothing else.")
@@ -170,12 +142,12 @@ def generate(
         )
         if raw and system is not None:
             raise UsageError("--system needs the chat template; leave --raw out")
-        settings = _settings(peers, dtype, config)
+        settings = settings_from(peers, dtype, config, policy)
         text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
         if not text.strip():
             raise UsageError("the prompt is empty")
         source = _adapter(adapter, model)
-        with _joined(model, settings) as swarm:
+        with joined(model, settings) as swarm:
             from swarm.client.generate import stream_generate
 
             messages = [*_system_message(system), {"role": "user", "content": text}]
@@ -211,6 +183,7 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     dtype: Dtype = None,
+    policy: PolicyFile = None,
     config: Config = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for each answer.")
@@ -226,9 +199,9 @@ def chat(
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
-        settings = _settings(peers, dtype, config)
+        settings = settings_from(peers, dtype, config, policy)
         source = _adapter(adapter, model)
-        with _joined(model, settings) as swarm:
+        with joined(model, settings) as swarm:
             from swarm.client.chat import Conversation
 
             conversation = Conversation(
@@ -244,41 +217,6 @@ def chat(
                 swarm.background.run(conversation.close())
 
 
-@app.command(
-    epilog="[bold]Examples[/bold]\n\n"
-    "swarm models --peers /ip4/192.0.2.1/tcp/31330/p2p/12D3KooW...\n\n"
-    "swarm models --json | jq '.models[].missing_blocks'"
-)
-def models(
-    peers: Peers = None,
-    config: Config = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, and nothing else.")
-    ] = False,
-) -> None:
-    """Show what the swarm serves: models, how often each block is there, and by which nodes."""
-    with outcome(as_json):
-        settings = _settings(peers, None, config)
-        with _connected(settings) as (background, client):
-            from swarm.client.listing import ServedModel, models_table
-
-            async def read() -> list[ServedModel]:
-                return [
-                    ServedModel.of(summary, await client.nodes(summary.model_revision))
-                    for summary in await client.models()
-                ]
-
-            served = background.run(read())
-        if as_json:
-            print(json.dumps({"models": [model.to_json() for model in served]}))
-        elif not served:
-            note("this swarm serves no model yet; host one with swarm-node join MODEL --peers ...")
-        else:
-            from rich.console import Console
-
-            Console().print(models_table(served))
-
-
 def main() -> None:
     """Entry point of the console script; wrong usage ends with exit code 2."""
     app()
@@ -286,7 +224,7 @@ def main() -> None:
 
 # --- conversations -------------------------------------------------------------------------------
 def _talk(
-    swarm: _Swarm, conversation: Conversation, sampling: SamplingSettings, as_json: bool
+    swarm: Swarm, conversation: Conversation, sampling: SamplingSettings, as_json: bool
 ) -> None:
     """The turns of a chat, until the user leaves."""
     interactive = sys.stdin.isatty() and not as_json
@@ -335,88 +273,5 @@ def _system_message(system: str | None) -> list[dict[str, str]]:
     return [] if system is None else [{"role": "system", "content": system}]
 
 
-# --- joining and leaving -------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class _Swarm:
-    background: BackgroundLoop
-    client: SwarmClient
-    model: LocalModel
-
-
-@contextmanager
-def _joined(model_name: str, settings: ClientSettings) -> Iterator[_Swarm]:
-    """Load the model's ends, then join."""
-    prepare_process()
-    from swarm.client.generate import LocalModel
-
-    model = LocalModel.load(model_name, dtype=settings.dtype)
-    try:
-        with _connected(settings) as (background, client):
-            yield _Swarm(background, client, model)
-    finally:
-        model.close()
-
-
-@contextmanager
-def _connected(settings: ClientSettings) -> Iterator[tuple[BackgroundLoop, SwarmClient]]:
-    prepare_process()
-    from swarm.client.app import SwarmClient
-
-    background = BackgroundLoop()
-    try:
-        client = background.run(SwarmClient.connect(settings))
-        try:
-            yield background, client
-        finally:
-            background.run(client.close())
-    finally:
-        background.close()
-
-
-def _settings(peers: list[str] | None, dtype: str | None, config: Path | None) -> ClientSettings:
-    values = read_settings(config)
-    values.pop(GATEWAY_TABLE, None)  # one file may serve all commands
-    return client_settings(peers, dtype, values)
-
-
-def client_settings(
-    peers: list[str] | None, dtype: str | None, file_values: Mapping[str, Any]
-) -> ClientSettings:
-    """How to join: what the file says, then the environment, then flags. Raises ConfigError."""
-    flags = {"peers": " ".join(peers or ()) or None, "dtype": dtype}
-    environment = {PEERS_FILE_VARIABLE: str(PEERS_FILE), **os.environ}
-    return load_settings(flags, environment=environment, file_values=file_values)
-
-
-def prepare_process() -> None:
-    """What must be set before heavy packages load."""
-    configure_threads_environment()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
-# --- around every command ------------------------------------------------------------------------
-@contextmanager
-def outcome(as_json: bool) -> Iterator[None]:
-    """Turns our errors into one line and an exit code; bugs keep their traceback."""
-    try:
-        yield
-    except SwarmError as error:
-        if as_json:
-            print(json.dumps(error_to_json(error)))
-        else:
-            note(f"swarm: {explain(error)}")
-        raise typer.Exit(exit_code(error)) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
-def exit_code(error: SwarmError) -> int:
-    """Which of the documented exit codes an error ends the process with."""
-    match error:
-        case UsageError():
-            return EXIT_USAGE
-        case NoRouteError() | RemoteError():
-            return EXIT_CANNOT_SERVE
-        case _:
-            return EXIT_NETWORK
+if __name__ == "__main__":
+    main()

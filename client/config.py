@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from swarm.catalogue.resolve import models_directory
+from swarm.membership_files import MembershipFiles
 from swarm.protocol.errors import ConfigError, UsageError
+from swarm.protocol.policy import Policy
 
 PEERS_FILE = Path("~/.local/share/sovereign-swarm/client.peers")
 """Where the command ``swarm`` remembers nodes that it met; programs choose for themselves."""
@@ -21,6 +24,12 @@ PEERS_FILE_VARIABLE = "SWARM_PEERS_FILE"
 
 LEAST_TEMPERATURE = 1e-4
 """What is lower takes the most likely token: dividing by it would overflow."""
+FILE_VARIABLES = {
+    "SWARM_CHARTER": "charter",
+    "SWARM_PASSPORT": "passport",
+    "SWARM_IDENTITY": "identity_path",
+}
+"""Environment variables with the files of a client in a swarm with a charter."""
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -37,12 +46,44 @@ class ClientSettings:
     """Key file of this client; None makes a fresh identity for each process."""
     dtype: str = "auto"
     """Precision of embeddings, head, wire and nodes; auto takes what is fast and any node."""
+    charter: Path | None = None
+    """The swarm's charter; None: it has none, or ``charter.swarm`` in the data folder."""
+    passport: Path | None = None
+    """Our passport, which names the key in ``identity_path``."""
+    policy: Policy | None = None
+    """Which nodes may see anything of our sessions; None: all of the swarm."""
+    mirrors: tuple[str, ...] = ()
+    """Folders or web addresses with weights, for what no peer sends."""
+    publishers: tuple[str, ...] = ()
+    """Peer ids whose manifests are believed; empty: all, or those of the swarm's charter."""
+    hub: bool = True
+    """Whether models that are nowhere else may come from the Hugging Face hub."""
     connect_timeout_s: float = 20.0
     """How long joining the swarm may take."""
     open_timeout_s: float = 30.0
     """How long opening a chain may take, asking all hops for room included."""
     step_timeout_s: float = 120.0
     """How long one step (a token, or a whole prompt) may take through the chain."""
+
+    @property
+    def membership_files(self) -> MembershipFiles:
+        """Charter, passport and revocations."""
+        folder = models_directory().parent
+        passport = self.passport or folder / "client-passport.swarm"
+        return replace(
+            MembershipFiles.of(folder, self.charter, passport),
+            revocations=folder / "client-revocations.bin",
+        )
+
+    @property
+    def key_file(self) -> Path | None:
+        """The key to use; None makes a fresh one, which is enough where nobody asks who we are."""
+        if self.identity_path is not None:
+            return self.identity_path.expanduser()
+        files = self.membership_files
+        if files.charter.expanduser().exists() and files.passport.expanduser().exists():
+            return models_directory().parent / "client.key"
+        return None
 
     def __post_init__(self) -> None:
         if not self.peers and not (self.peers_file is not None and self.peers_file.exists()):
@@ -130,6 +171,9 @@ def load_settings(
         merged["peers"] = split_addresses(environment[PEERS_VARIABLE])
     if environment.get(PEERS_FILE_VARIABLE):
         merged["peers_file"] = environment[PEERS_FILE_VARIABLE]
+    for variable, name in FILE_VARIABLES.items():
+        if environment.get(variable):
+            merged[name] = environment[variable]
     merged |= {name: value for name, value in flags.items() if value not in (None, (), [])}
     return ClientSettings(**_typed(merged))
 
@@ -152,13 +196,19 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}; known are {', '.join(sorted(known))}")
-        if name == "peers":
+        if name in ("peers", "mirrors", "publishers"):
             if isinstance(value, str):
                 value = split_addresses(value)
-            if not all(isinstance(address, str) for address in value):
-                raise ConfigError("peers must be a list of addresses")
+            if not all(isinstance(item, str) for item in value):
+                raise ConfigError(f"{name} must be a list of texts")
             typed[name] = tuple(value)
-        elif name in ("identity_path", "peers_file"):
+        elif name == "policy":
+            typed[name] = value if isinstance(value, Policy) else Policy.from_mapping(value)
+        elif name == "hub":
+            if not isinstance(value, bool):
+                raise ConfigError("hub must be true or false")
+            typed[name] = value
+        elif name in ("identity_path", "peers_file", "charter", "passport"):
             typed[name] = Path(value).expanduser()
         elif name == "dtype":
             typed[name] = str(value)

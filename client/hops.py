@@ -37,6 +37,7 @@ from swarm.protocol.messages import (
     SetPrevious,
     SetRoute,
 )
+from swarm.protocol.policy import Policy
 from swarm.protocol.session import ClientSession
 from swarm.protocol.tensors import DType, Encoding
 from swarm.routing import ChainPlan
@@ -62,6 +63,8 @@ class SessionRequest:
     wire_dtype: DType
     left_padding: tuple[int, ...] = ()
     wire_encoding: Encoding = Encoding.RAW
+    policy: Policy | None = None
+    """Which peers may see anything of it; None: all."""
     adapter: AdapterSource | None = None
     """What every hop adds to the model; brought to hops that lack it."""
 
@@ -335,19 +338,28 @@ class Hops:
             first_step=first_step,
             state_from=state_from,
             adapter_id=request.adapter_id,
+            policy=b"" if request.policy is None else request.policy.to_bytes(),
         )
         timeout_s = self._timeouts.open_s
-        try:
+        check = None if request.policy is None else request.policy.check
+
+        async def open_link() -> Link:
             return await Link.open(
-                self._transport, hop, message, clock=self._clock, timeout_s=timeout_s
+                self._transport,
+                hop,
+                message,
+                clock=self._clock,
+                timeout_s=timeout_s,
+                only_for=check,
             )
+
+        try:
+            return await open_link()
         except HopFailed as error:
             if error.code is not ErrorCode.ADAPTER_MISSING or request.adapter is None:
                 raise
         await self._bring(hop, request.adapter)
-        return await Link.open(
-            self._transport, hop, message, clock=self._clock, timeout_s=timeout_s
-        )
+        return await open_link()
 
     async def _bring(self, hop: PlannedHop, adapter: AdapterSource) -> None:
         """Give a hop the adapter that it lacks. Raises HopFailed."""
@@ -358,6 +370,7 @@ class Hops:
                 hop.addresses,
                 adapter,
                 model_revision=self._request.model_revision,
+                only_for=None if self._request.policy is None else self._request.policy.check,
             )
         except (NetworkError, RemoteError, ProtocolError) as error:
             raise HopFailed(hop, error) from error

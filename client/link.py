@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from swarm.client.hop_speed import HopSpeed
-from swarm.connection import Connection, remote_error
+from swarm.connection import Connection, PassportCheck, remote_error
 from swarm.ports import Clock, Transport
 from swarm.protocol.errors import (
     ERROR_TEXTS,
@@ -117,8 +117,12 @@ class Link:
         *,
         clock: Clock,
         timeout_s: float,
+        only_for: PassportCheck | None = None,
     ) -> Link:
-        """Open a session on a hop. Raises HopFailed; nothing stays open then."""
+        """Open a session on a hop, if its passport passes ``only_for``.
+
+        Raises HopFailed; nothing stays open then.
+        """
         connection: Connection | None = None
         try:
             async with asyncio.timeout(timeout_s):
@@ -130,7 +134,7 @@ class Link:
                         direct_within_s=DIRECT_WITHIN_S,
                     )
                 )
-                await connection.say_hello(request)
+                await connection.say_hello(request, only_for=only_for)
                 opened = await connection.receive_only(SessionOpened)
                 if opened.maximum_step_tokens < 1 or opened.maximum_steps_in_flight < 1:
                     raise ProtocolError(ErrorCode.BAD_FIELD, "accepts no steps")

@@ -16,7 +16,7 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -29,14 +29,18 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from swarm.catalogue.checkpoint import Checkpoint, resolve_checkpoint
+from swarm.catalogue.checkpoint import Checkpoint
 from swarm.client.adapters import open_adapter
 from swarm.client.background import BackgroundLoop
 from swarm.client.cache import RemoteSession, SwarmCache
 from swarm.client.config import ClientSettings
 from swarm.client.ends import ModelEnds, read_generation_config, remote_blocks
 from swarm.client.remote_blocks import RemoteBlocks
+from swarm.client.weights import local_checkpoint
 from swarm.protocol.errors import GenerationInterrupted, NoRouteError, UsageError
+
+if TYPE_CHECKING:
+    from swarm.client.app import SwarmClient
 
 
 class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -66,6 +70,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self._blocks = blocks
         self._background = background
         self._latest_session: RemoteSession | None = None
+        self.checkpoint_path: Path | None = None
         self.eval()
 
     @classmethod
@@ -79,7 +84,9 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         settings: ClientSettings | None = None,
         adapter: str | Path | None = None,
     ) -> SwarmModelForCausalLM:
-        """Load the ends from the local checkpoint and join the swarm.
+        """Load the ends and join the swarm; what is not on this disk is fetched from peers.
+
+        ``checkpoint_path`` of the result is where configuration and tokenizer are.
 
         ``dtype`` holds for the ends and for activations on the wire; other than ``auto`` it also
         asks for nodes that compute in it. ``settings`` (without ``peers``) gives full control.
@@ -94,23 +101,32 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             settings = ClientSettings(peers=tuple(peers), dtype=dtype)
         elif peers or dtype != "auto":
             raise UsageError("give either settings or peers and dtype, not both")
-        checkpoint = Checkpoint.open(resolve_checkpoint(model_name_or_path))
-        source = None if adapter is None else open_adapter(adapter, checkpoint)
-        ends = ModelEnds.load(checkpoint, dtype=settings.dtype, device=device)
+        path = local_checkpoint(model_name_or_path)
         background = BackgroundLoop()
+        client: SwarmClient | None = None
         try:
-            client = background.run(SwarmClient.connect(settings))
+            if path is None:
+                client = background.run(SwarmClient.connect(settings))
+                path = background.run(client.fetch_ends(model_name_or_path))
+            checkpoint = Checkpoint.open(path)
+            source = None if adapter is None else open_adapter(adapter, checkpoint)
+            ends = ModelEnds.load(checkpoint, dtype=settings.dtype, device=device)
+            client = client or background.run(SwarmClient.connect(settings))
         except BaseException:
+            if client is not None:
+                background.run(client.close())
             background.close()
             raise
         blocks = remote_blocks(client, checkpoint, ends, settings.dtype).with_adapter(source)
-        return cls(
+        model = cls(
             ends.config,
             ends,
             blocks,
             background,
             generation_config=read_generation_config(checkpoint, ends.config),
         )
+        model.checkpoint_path = path
+        return model
 
     # --- sessions ---------------------------------------------------------------------------------
     def new_cache(self, maximum_tokens: int | None = None) -> SwarmCache:

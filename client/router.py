@@ -49,6 +49,7 @@ from swarm.routing import (
     no_route,
     obstacle,
     overlaps,
+    permitted,
     sample_nodes,
     uncovered,
 )
@@ -144,7 +145,7 @@ class Router:
 
     async def is_online(self) -> bool:
         """Whether any of a few nodes, whichever blocks they have, can be dialled."""
-        records = self._known.records
+        records = [r for r in self._known.records if not permitted(r, self._needs)[1]]
         drawn = self._dice.sample(records, min(len(records), ONLINE_SAMPLE))
 
         async def answers(record: NodeRecord) -> bool:
@@ -214,9 +215,19 @@ class Router:
         ``reasons`` says which nodes cannot be used and why; those that refuse are added, so that
         a second attempt does not wait for them again.
         """
-        known = [
-            record for record in self._known.records if overlaps(record, first_block, end_block)
-        ]
+        known = []
+        for announced in self._known.records:
+            record, refusal = permitted(announced, self._needs)
+            if not overlaps(record, first_block, end_block):
+                if overlaps(announced, first_block, end_block):
+                    refusal = refusal or "below the policy's tier for the first and last blocks"
+                    record = announced
+                else:
+                    continue
+            if refusal:
+                # Not like other reasons: nothing may be asked of it, whatever else it says.
+                reasons[record.peer_id] = refusal
+            known.append(record)
         for record in known:
             reason = obstacle(record, self._needs)
             if reason:
@@ -254,7 +265,15 @@ class Router:
                     answers.append(_Answer(record, outcome))
             if not uncovered([answer.record for answer in answers], first_block, end_block):
                 return answers
-        raise no_route(known, {**unready, **reasons}, first_block, end_block)
+        error = no_route(known, {**unready, **reasons}, first_block, end_block)
+        policy = self._needs.policy
+        if policy is None:
+            raise error
+        raise NoRouteError(
+            f"{error}, under the policy: {policy.describe()}",
+            missing_blocks=error.missing_blocks,
+            retry_after_ms=error.retry_after_ms,
+        )
 
     async def _ask(
         self, records: Sequence[NodeRecord], first_block: int, end_block: int
@@ -308,8 +327,14 @@ class Router:
         try:
             stream = await self._transport.open(peer, STREAM_PROTOCOL, record.addresses)
             async with Connection(stream) as connection:
-                asked_s = self._clock.monotonic_s()
-                await connection.say_hello(question)
+                policy = self._needs.policy
+                if policy is not None:
+                    await connection.say_hello(only_for=policy.check)
+                    asked_s = self._clock.monotonic_s()
+                    await connection.send(question)
+                else:
+                    asked_s = self._clock.monotonic_s()
+                    await connection.say_hello(question)
                 load = await connection.receive_only(LoadReport)
                 self._known.measured_round_trip(peer, self._clock.monotonic_s() - asked_s)
         except SwarmError as error:

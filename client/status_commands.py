@@ -80,9 +80,9 @@ def status_page(
     Reads the swarm's directory, remembers it in a file, and shows no network address and no text of
     anybody. It needs no other server; put one in front of it for TLS.
     """
-    from swarm.client.cli import client_settings, outcome, prepare_process
     from swarm.client.config import read_settings
     from swarm.client.gateway.settings import TABLE
+    from swarm.client.joining import client_settings, outcome, prepare_process
     from swarm.client.output import note
 
     with outcome(as_json):

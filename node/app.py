@@ -20,10 +20,12 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from swarm.cached_peers import load_peers
 from swarm.clock_offset import ClockOffsets, CorrectedClock
+from swarm.gate import Gate
 from swarm.membership import Announcer, coverage, read_nodes
 from swarm.node.addresses import for_people, for_record, is_public
 from swarm.node.advice import Adviser
@@ -32,6 +34,7 @@ from swarm.node.board import Board
 from swarm.node.config import BlockSpan, NodeSettings, PeerSettings, SeedSettings
 from swarm.node.control import control_path, controlled
 from swarm.node.metrics import MetricsServer, NodeMetrics
+from swarm.node.model_holder import ModelHolder
 from swarm.node.neighbours import Neighbours
 from swarm.node.process import held_identity, leave_on_signals
 from swarm.node.reachability import follow_reachability
@@ -41,10 +44,13 @@ from swarm.node.service import NodeService, ServiceLimits
 from swarm.node.shifts import rested, shift
 from swarm.node.surroundings import Surroundings, remember_peers
 from swarm.node.view import NodeStatus, View
+from swarm.node.weights import NodeWeights
+from swarm.ports import Clock
 from swarm.protocol.errors import ConfigError, NetworkError, SwarmError
-from swarm.protocol.identity import Identity
+from swarm.protocol.identity import Identity, PeerId
 from swarm.protocol.records import MAX_ADAPTERS, NodeRecord, NodeState
 from swarm.protocol.version import MAXIMUM_VERSION, MINIMUM_VERSION, software_version
+from swarm.revocations import RevocationWatch
 from swarm.routing import adapter_hint
 from swarm.virtual_time import LoopClock
 
@@ -59,6 +65,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ANNOUNCE_TIMEOUT_S = 10.0
+HOSTING = "swarm.node.engine.hosting"
 COVERAGE_PERIOD_S = 5.0
 
 
@@ -93,17 +100,30 @@ async def run_seed(settings: SeedSettings, view: View) -> None:
 
     async def life(identity: Identity, board: Board, leaving: asyncio.Event) -> None:
         async with AsyncExitStack() as stack:
-            network = await _unless_left(leaving, _start_network(settings))
+            gate = settings.membership_files.require(identity.peer_id, LoopClock())
+            network = await _unless_left(leaving, _start_network(settings, gate))
             stack.push_async_callback(network.close)
             addresses = for_people(await network.addresses(), network.peer_id)
             board.update(state="online", peer_id=network.peer_id, addresses=addresses)
             view.ready(board.snapshot())
             async with _guarded_by(network) as group:
-                remembering = group.create_task(
-                    remember_peers(network, LoopClock(), identity.peer_id, settings.peers_file)
-                )
+                running = [
+                    group.create_task(
+                        remember_peers(network, LoopClock(), identity.peer_id, settings.peers_file)
+                    )
+                ]
+                if gate is not None:
+                    watch = _revocation_watch(identity, network, LoopClock(), gate, settings)
+                    running.append(group.create_task(watch.run()))
+                if settings.models:
+                    holder = ModelHolder(
+                        network, identity, settings, board, trusted=_trusted_publishers(gate)
+                    )
+                    stack.callback(holder.close)
+                    running.append(group.create_task(holder.run()))
                 await leaving.wait()
-                remembering.cancel()
+                for task in running:
+                    task.cancel()
 
     await _run(settings, view, NodeStatus(display_name=settings.display_name), life)
 
@@ -148,14 +168,28 @@ class _Node:
         self._identity = identity
         self._board = board
         self._leaving = leaving
+        self._weights: NodeWeights
+        self._gate: Gate | None = None
         self._clock_offsets = ClockOffsets(LoopClock())
         self._clock = CorrectedClock(LoopClock(), self._clock_offsets)
         self._work = AnnouncedWork(board.metrics, settings.declared_watts)
 
     async def live(self) -> None:
         async with AsyncExitStack() as stack:
-            network, model = await self._unless_left(self._prepare(stack))
+            network = await self._unless_left(self._start(stack))
             async with _guarded_by(network) as group:
+                weights = self._weights = self._node_weights(network)
+                stack.callback(weights.close)
+                if self._gate is not None:
+                    watch = _revocation_watch(
+                        self._identity, network, self._clock, self._gate, self._settings
+                    )
+                    watching = group.create_task(watch.run())
+                    stack.callback(watching.cancel)
+                holding = group.create_task(
+                    (await weights.serve(for_record(await network.addresses()))).run()
+                )
+                model = await self._unless_left(self._open(weights))
                 checkpoint = model.checkpoint
                 others = await self._others(network, model)
                 replicas = coverage(others, checkpoint.number_of_blocks)
@@ -198,20 +232,42 @@ class _Node:
                     reaching.cancel()
                     refreshing.cancel()
                     looking.cancel()
+                    holding.cancel()
 
     async def _unless_left(self, work: Awaitable[T]) -> T:
         return await _unless_left(self._leaving, work)
 
-    async def _prepare(self, stack: AsyncExitStack) -> tuple[HivemindNetwork, OpenedModel]:
-        """The network and the opened checkpoint, which take seconds each, at the same time."""
+    async def _start(self, stack: AsyncExitStack) -> HivemindNetwork:
+        """The network, while torch is imported in a thread; both take seconds."""
         async with asyncio.TaskGroup() as group:
-            opening = group.create_task(asyncio.to_thread(_open, self._settings))
-            network = await _start_network(self._settings)
+            files = self._settings.membership_files
+            self._gate = files.require(self._identity.peer_id, self._clock)
+            group.create_task(asyncio.to_thread(importlib.import_module, HOSTING))
+            network = await _start_network(self._settings, self._gate)
             stack.push_async_callback(network.close)
             self._clock_offsets.believe(network.clock_offset_s)
             addresses = for_people(await network.addresses(), network.peer_id)
             self._board.update(state="joining", peer_id=network.peer_id, addresses=addresses)
-        return network, opening.result()
+        return network
+
+    def _node_weights(self, network: HivemindNetwork) -> NodeWeights:
+        return NodeWeights(
+            network,
+            self._identity,
+            self._clock,
+            self._settings,
+            trusted=_trusted_publishers(self._gate),
+            may_use_hub=self._gate is None or self._gate.charter.hub,
+            on_progress=lambda progress: self._board.update(fetching=progress),
+        )
+
+    async def _open(self, weights: NodeWeights) -> OpenedModel:
+        """The checkpoint, wherever it is found; of one that is not here, the small files."""
+        self._board.update(state="looking")
+        path = await weights.find(self._settings.model)
+        model = await asyncio.to_thread(_open, self._settings, path)
+        await weights.give(model.checkpoint)
+        return model
 
     async def _others(self, network: HivemindNetwork, model: OpenedModel) -> list[NodeRecord]:
         """The other nodes of the model, in every state."""
@@ -223,6 +279,7 @@ class _Node:
     ) -> Announcer:
         addresses = await network.addresses()
         checkpoint = model.checkpoint
+        passport = None if self._gate is None else self._gate.own_passport()
         record = NodeRecord(
             peer_id=self._identity.peer_id,
             model_name=checkpoint.name,
@@ -241,8 +298,9 @@ class _Node:
             reachable_directly=any(map(is_public, addresses)),
             software=software_version(),
             display_name=self._settings.display_name,
-            organisation=self._settings.organisation,
-            country=self._settings.country,
+            organisation=(passport and passport.organisation) or self._settings.organisation,
+            country=(passport and passport.country) or self._settings.country,
+            passport_hash=b"" if self._gate is None else self._gate.passport_hash,
         )
         return Announcer(
             self._identity,
@@ -259,6 +317,7 @@ class _Node:
                 raise Left
             self._board.update(loading_fraction=loaded / total)
 
+        await self._weights.ensure(model.checkpoint, span)
         engine = await asyncio.to_thread(_load, model, self._settings, span, progress)
         # What was imported and loaded stays: the collector need not look at it between two tokens.
         gc.collect()
@@ -342,6 +401,7 @@ class _Node:
                 session_idle_s=settings.session_idle_s,
                 session_lifetime_s=settings.session_lifetime_s,
             ),
+            gate=self._gate,
         )
         await service.start()
         return service
@@ -381,6 +441,7 @@ class _Node:
                     reachable_directly=any(map(is_public, addresses)),
                 )
             )
+            self._weights.moved(for_record(addresses))
             self._board.update(addresses=for_people(addresses, network.peer_id))
 
         await follow_reachability(
@@ -409,7 +470,7 @@ class _Node:
 
 
 # --- parts of the start --------------------------------------------------------------------------
-async def _start_network(settings: PeerSettings) -> HivemindNetwork:
+async def _start_network(settings: PeerSettings, gate: Gate | None) -> HivemindNetwork:
     module = await asyncio.to_thread(importlib.import_module, "swarm.hivemind_network")
     network: HivemindNetwork = await module.HivemindNetwork.create(
         settings.identity_file,
@@ -421,15 +482,40 @@ async def _start_network(settings: PeerSettings) -> HivemindNetwork:
             relay_for_others=isinstance(settings, SeedSettings) and settings.relay,
             use_relays=isinstance(settings, NodeSettings) and settings.use_relay,
             relays=settings.relays if isinstance(settings, NodeSettings) else (),
+            gate=gate,
         ),
     )
     return network
 
 
-def _open(settings: NodeSettings) -> OpenedModel:
+def _revocation_watch(
+    identity: Identity,
+    network: HivemindNetwork,
+    clock: Clock,
+    gate: Gate,
+    settings: PeerSettings,
+) -> RevocationWatch:
+    return RevocationWatch(
+        identity,
+        network,
+        clock,
+        gate,
+        announce_period_s=settings.announce_period_s,
+        keep=settings.membership_files.keep,
+    )
+
+
+def _trusted_publishers(gate: Gate | None) -> frozenset[PeerId] | None:
+    """Those of the charter; None believes everybody."""
+    if gate is None or not gate.charter.publishers:
+        return None
+    return frozenset(map(PeerId, gate.charter.publishers))
+
+
+def _open(settings: NodeSettings, path: Path) -> OpenedModel:
     from swarm.node.engine.hosting import open_model
 
-    model = open_model(settings)
+    model = open_model(settings, path)
     _ = model.checkpoint.revision  # reads the disk: here, not on the event loop
     return model
 

@@ -21,7 +21,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from swarm.node.config import NodeSettings, SeedSettings, load_identity_file, load_settings
+from swarm.node.config import (
+    NodeSettings,
+    SeedSettings,
+    load_identity_file,
+    load_own_files,
+    load_settings,
+)
 from swarm.node.service_commands import app as service_app
 from swarm.node.service_commands import identity as identity_command
 from swarm.protocol.errors import (
@@ -113,6 +119,34 @@ Device = Annotated[
 Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 
 
+Charter = Annotated[
+    Path | None, typer.Option("--charter", metavar="FILE", help="The swarm's charter.")
+]
+Passport = Annotated[
+    Path | None, typer.Option("--passport", metavar="FILE", help="This peer's passport in it.")
+]
+Disk = Annotated[
+    str | None,
+    typer.Option("--disk", metavar="SIZE", help="Most disk for fetched weights, as 200GB."),
+]
+Upload = Annotated[
+    str | None,
+    typer.Option("--upload", metavar="SIZE", help="Most weights sent per second, as 2MB."),
+]
+Download = Annotated[
+    str | None,
+    typer.Option("--download", metavar="SIZE", help="Most weights fetched per second, as 10MB."),
+]
+Mirrors = Annotated[
+    list[str] | None,
+    typer.Option("--mirror", metavar="PLACE", help="Folder or web address with weights."),
+]
+Hub = Annotated[
+    bool | None,
+    typer.Option("--hub/--no-hub", help="Use the Hugging Face hub when all else fails."),
+]
+
+
 @app.command(
     epilog="[bold]Examples[/bold]\n\n"
     "swarm-node join SmolLM2-135M-Instruct --peers /ip4/192.0.2.1/tcp/31330/p2p/12D3KooW...\n\n"
@@ -122,7 +156,7 @@ Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloa
 def join(
     model: Annotated[
         str | None,
-        typer.Argument(help="Checkpoint folder, or a name in the Hugging Face cache or hub."),
+        typer.Argument(help="Checkpoint folder, or a name in the swarm's catalogue or on the hub."),
     ] = None,
     peers: Peers = None,
     blocks: Annotated[
@@ -158,6 +192,13 @@ def join(
         str | None,
         typer.Option("--hours", metavar="BEGIN-END", help="When to work, as 20:00-08:00."),
     ] = None,
+    charter: Charter = None,
+    passport: Passport = None,
+    disk: Disk = None,
+    upload: Upload = None,
+    download: Download = None,
+    mirror: Mirrors = None,
+    hub: Hub = None,
     listen: Listen = None,
     announce: Announce = None,
     identity: Identity = None,
@@ -195,6 +236,13 @@ def join(
                 "cache_tokens": cache_tokens,
                 "declared_watts": watts,
                 "hours": hours,
+                "charter": charter,
+                "passport": passport,
+                "disk_bytes": disk,
+                "upload_bytes_per_s": upload,
+                "download_bytes_per_s": download,
+                "mirrors": mirror,
+                "hub": hub,
                 "listen_addresses": listen,
                 "announce_addresses": announce,
                 "identity_path": identity,
@@ -215,8 +263,23 @@ def join(
     "swarm-node seed --peers /ip4/192.0.2.1/tcp/31330/p2p/12D3KooW... --name 'Ministry'"
 )
 def seed(
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--models",
+            metavar="MODEL",
+            help="Hold the weights of a model or adapter for others; all: of the whole catalogue.",
+        ),
+    ] = None,
     peers: Peers = None,
     name: Name = None,
+    charter: Charter = None,
+    passport: Passport = None,
+    disk: Disk = None,
+    upload: Upload = None,
+    download: Download = None,
+    mirror: Mirrors = None,
+    hub: Hub = None,
     listen: Listen = None,
     announce: Announce = None,
     identity: Identity = None,
@@ -239,8 +302,16 @@ def seed(
             config,
             os.environ,
             {
+                "models": models,
                 "peers": peers,
                 "display_name": name,
+                "charter": charter,
+                "passport": passport,
+                "disk_bytes": disk,
+                "upload_bytes_per_s": upload,
+                "download_bytes_per_s": download,
+                "mirrors": mirror,
+                "hub": hub,
                 "listen_addresses": listen,
                 "announce_addresses": announce,
                 "identity_path": identity,
@@ -308,6 +379,26 @@ def status(
             typer.echo(json.dumps(asdict(now)))
         else:
             print_status(now)
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "swarm-node accept charter.swarm\n\n"
+    "swarm-node accept swarm-passport:lcQ...",
+)
+def accept(
+    text: Annotated[
+        str, typer.Argument(help="A charter, passport or invitation: the text, or a file with it.")
+    ],
+    identity: Identity = None,
+    config: Config = None,
+) -> None:
+    """Keep what the authority of a swarm gave you; an invitation is exchanged for a passport."""
+    from swarm.membership_files import accept_text
+
+    with _Outcome(_view(False, True)):
+        own = load_own_files(config, os.environ, identity)
+        typer.echo(accept_text(text, own.membership_files, own.identity_file))
 
 
 @app.command(

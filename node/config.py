@@ -18,6 +18,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from swarm.membership_files import MembershipFiles
 from swarm.node.hours import EXAMPLE_HOURS, Hours, parse_hours
 from swarm.protocol.errors import ConfigError
 from swarm.protocol.messages import MAX_BLOCKS
@@ -112,11 +113,48 @@ class PeerSettings:
     log_level: str = "warning"
     """debug, info, warning or error."""
 
+    charter: Path | None = None
+    """The swarm's charter; by default ``charter.swarm`` in ``data_dir``, if it is there."""
+
+    passport: Path | None = None
+    """Our passport in the swarm; by default ``passport.swarm`` in ``data_dir``, if it is there."""
+
+    disk_bytes: int | None = None
+    """Most that fetched weights may take on the disk; by default all that is free but 256 MiB.
+
+    What was not used for the longest time gives way.
+    """
+
+    upload_bytes_per_s: int | None = None
+    """Cap for weights sent to others; by default none."""
+
+    download_bytes_per_s: int | None = None
+    """Cap for weights fetched from others; by default none."""
+
+    mirrors: tuple[str, ...] = ()
+    """Folders or web addresses with a mirror, for weights that no peer has."""
+
+    hub: bool = True
+    """Whether models that neither peers nor mirrors have may come from the Hugging Face hub."""
+
+    publishers: tuple[str, ...] = ()
+    """Peer ids whose manifests are believed; by default all, or those of the swarm's charter."""
+
     @property
     def identity_file(self) -> Path:
         """Where the key is, with ``~`` expanded."""
         path = self.identity_path or self.data_dir / "identity.key"
         return path.expanduser()
+
+    @property
+    def store_folder(self) -> Path:
+        """Where fetched weights are kept."""
+        return self.data_dir.expanduser() / "store"
+
+    @property
+    def membership_files(self) -> MembershipFiles:
+        """Charter, passport and revocations."""
+        return MembershipFiles.of(self.data_dir.expanduser(), self.charter, self.passport)
 
     @property
     def peers_file(self) -> Path:
@@ -196,6 +234,10 @@ class SeedSettings(PeerSettings):
     relay: bool = True
     """Whether to relay for nodes behind routers; takes a reachable port."""
 
+    models: tuple[str, ...] = ()
+    """Models and adapters to hold and send to others without computing; ``all`` is everything that
+    the catalogue lists."""
+
 
 Settings = TypeVar("Settings", bound=PeerSettings)
 
@@ -237,8 +279,15 @@ def load_identity_file(
     toml_path: Path | None, environment: Mapping[str, str], identity_path: Path | None
 ) -> Path:
     """The key file of the node or seed that runs with these settings, whatever else they say."""
+    return load_own_files(toml_path, environment, identity_path).identity_file
+
+
+def load_own_files(
+    toml_path: Path | None, environment: Mapping[str, str], identity_path: Path | None
+) -> PeerSettings:
+    """Where the node or seed with these settings keeps its own files, whatever else they say."""
     known = typing.get_type_hints(PeerSettings)
-    keys = ("data_dir", "identity_path")
+    keys = ("data_dir", "identity_path", "charter", "passport")
     found = {key: value for key, value in _read_toml(toml_path).items() if key in keys}
     for key in keys:
         if (text := environment.get(ENVIRONMENT_PREFIX + key.upper())) is not None:
@@ -246,7 +295,7 @@ def load_identity_file(
     if identity_path is not None:
         found["identity_path"] = identity_path
     converted = {key: _convert(key, value, known, "") for key, value in found.items()}
-    return PeerSettings(**converted).identity_file
+    return PeerSettings(**converted)
 
 
 _NODE_KEYS = frozenset(item.name for item in fields(NodeSettings))
@@ -303,7 +352,7 @@ def _flag(_key: str, value: Any) -> bool:
 
 def _whole(key: str, value: Any) -> int:
     if isinstance(value, str):
-        return parse_size(value) if key.endswith("_bytes") else int(value)
+        return parse_size(value) if "_bytes" in key else int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError
     return value
@@ -369,6 +418,10 @@ def _check(settings: PeerSettings) -> None:
         raise ConfigError(f"log_level {settings.log_level!r}: one of {', '.join(LOG_LEVELS)}")
     if not settings.listen_addresses:
         raise ConfigError("listen_addresses is empty: a peer must listen somewhere")
+    for key in ("disk_bytes", "upload_bytes_per_s", "download_bytes_per_s"):
+        value = getattr(settings, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"{key} must be at least 1")
     for address in settings.peers:
         if not address.startswith("/") or "/p2p/" not in address:
             raise ConfigError(f"peer {address!r}: write an address such as {EXAMPLE_ADDRESS}")

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from swarm.catalogue.download import Progress
 from swarm.node.view import NodeStatus
 from swarm.protocol.errors import UsageError
 
@@ -158,6 +159,8 @@ class NodeControl:
             raise UsageError(f"the node refuses: {answer['error']}")
         known = {name: answer[name] for name in NodeStatus.__slots__ if name in answer}
         known = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
+        if isinstance(known.get("fetching"), dict):
+            known["fetching"] = Progress(**known["fetching"])
         return NodeStatus(**known)
 
     def close(self) -> None:

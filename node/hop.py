@@ -48,6 +48,7 @@ from swarm.protocol.messages import (
     Step,
     StepResult,
 )
+from swarm.protocol.policy import Policy
 from swarm.protocol.session import HopSession, SessionTerms, Verdict
 from swarm.protocol.tensors import WireTensor
 
@@ -120,6 +121,7 @@ class Hop:
         previous_peer: PeerId,
         first_step: int,
         state_from: PeerId | None,
+        policy: Policy | None = None,
         control: Connection,
         engine: Engine,
         cache: SessionCache,
@@ -131,6 +133,8 @@ class Hop:
     ) -> None:
         self.session_id = secrets.token_bytes(SESSION_ID_BYTES)
         self.terms = terms
+        self.policy = policy
+        """Which peers may see anything of the session; None: all."""
         self._previous_peer = previous_peer
         self._control = control
         self._engine = engine

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from swarm.connection import KEEPS_FRAMING, Connection
+from swarm.connection import KEEPS_FRAMING, Connection, PassportCheck
+from swarm.gate import Gate
 from swarm.journal import DEFAULT_BUDGET_BYTES, JournalBudget
 from swarm.local_stream import stream_to_ourselves
 from swarm.node.adapter_intake import AdapterIntake
@@ -61,6 +62,7 @@ from swarm.protocol.messages import (
     Step,
     TakeOver,
 )
+from swarm.protocol.policy import Policy
 from swarm.protocol.session import SessionTerms, accepted_step_tokens, check_open
 from swarm.protocol.version import STREAM_PROTOCOL
 
@@ -126,7 +128,10 @@ class NodeService:
         observer: ServiceObserver,
         clock: Clock,
         limits: ServiceLimits | None = None,
+        gate: Gate | None = None,
     ) -> None:
+        """``gate`` has our own passport, in a swarm with a charter."""
+        self._gate = gate
         self._transport = transport
         self._engine = engine
         self._model_revision = model_revision
@@ -357,8 +362,18 @@ class NodeService:
             self._observer.session_closed()
         await connection.send(SessionClosed())
 
+    def _accepted_policy(self, content: bytes) -> Policy | None:
+        """The session's policy, if we satisfy it ourselves. Raises ProtocolError."""
+        policy = Policy.from_bytes(content)
+        if policy is not None:
+            gate = self._gate
+            own = None if gate is None else gate.known(self._transport.peer_id)
+            policy.check(self._transport.peer_id, own)
+        return policy
+
     def _open(self, connection: Connection, request: OpenSession) -> Hop:
         dtype, encoding = check_open(request)
+        policy = self._accepted_policy(request.policy)
         if request.model_revision != self._model_revision:
             raise ProtocolError(ErrorCode.UNKNOWN_MODEL)
         engine = self._engine
@@ -395,6 +410,7 @@ class NodeService:
             previous_peer=PeerId(request.previous_peer),
             first_step=request.first_step,
             state_from=PeerId(request.state_from) if request.state_from else None,
+            policy=policy,
             control=connection,
             engine=engine,
             cache=cache,
@@ -478,13 +494,19 @@ class NodeService:
                 stream = await self._stream_to(hop, peer)
                 connection = Connection(stream, self._observer.bytes_moved)
                 try:
-                    await connection.say_hello(first)
+                    await connection.say_hello(first, only_for=self._check_for(hop, peer))
                 except BaseException:
                     await connection.close()
                     raise
         except TimeoutError:
             raise NetworkError(f"{peer} does not answer") from None
         return connection
+
+    def _check_for(self, hop: Hop, peer: PeerId) -> PassportCheck | None:
+        """What a peer must pass before it sees anything of a session; None: nothing."""
+        if hop.policy is None or peer == self._transport.peer_id:
+            return None
+        return hop.policy.check
 
     async def _stream_to(self, hop: Hop, peer: PeerId) -> Stream:
         """A stream to a host of our model, which may be this node itself."""
@@ -523,6 +545,7 @@ class NodeService:
         if hop is None:
             raise ProtocolError(ErrorCode.UNKNOWN_SESSION)
         hop.require_previous(connection.peer)
+        self._require_policy(hop, connection)
         hop.attached(connection, attach.route_version)
         connection.maximum_payload_bytes = hop.terms.maximum_payload_bytes
         try:
@@ -554,8 +577,14 @@ class NodeService:
         hop = self._hops.get(message.session_id)
         if hop is None:
             raise ProtocolError(ErrorCode.UNKNOWN_SESSION)
+        self._require_policy(hop, connection)
         connection.maximum_payload_bytes = MAX_PAYLOAD_BYTES
         await hop.take_over(connection)
+
+    def _require_policy(self, hop: Hop, connection: Connection) -> None:
+        check = self._check_for(hop, connection.peer)
+        if check is not None:
+            check(connection.peer, connection.passport)
 
     # --- bookkeeping
     def _refused(self, peer: PeerId, error: ProtocolError) -> None:

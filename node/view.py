@@ -21,6 +21,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from swarm.catalogue.download import Progress
+
 LIVE_PERIOD_S = 1.0
 STATUS_PERIOD_S = 10.0
 MAXIMUM_BAR_CELLS = 64
@@ -38,7 +40,7 @@ class NodeStatus:
     """A snapshot of a node or a seed. A seed has no blocks: ``model`` is empty."""
 
     state: str = "starting"
-    """starting, loading, joining, online, moving, draining, resting or stopped."""
+    """starting, looking, loading, joining, online, moving, draining, resting or stopped."""
     peer_id: str = ""
     display_name: str = ""
     addresses: tuple[str, ...] = ()
@@ -60,6 +62,10 @@ class NodeStatus:
     """Device, dtype and threads, for people."""
     loading_fraction: float | None = None
     """Share of the span's weights that is loaded, while they are being loaded."""
+    fetching: Progress | None = None
+    """How far weights have come that are being fetched from others."""
+    held: tuple[str, ...] = ()
+    """Models whose weights a seed sends to others."""
     sessions: int = 0
     tokens: int = 0
     tokens_per_s: float = 0.0
@@ -173,6 +179,8 @@ class PlainView:
                 self._explain(current)
             elif seconds >= STATUS_PERIOD_S:
                 seconds = 0.0
+                if current.fetching is not None:
+                    self._line(f"fetching {describe_fetching(current.fetching)}")
                 if current.sessions or current.tokens_per_s:
                     self._line(describe_load(current))
                 if current.state == "draining":
@@ -257,6 +265,10 @@ def render(status: NodeStatus) -> RenderableType:
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column(overflow="fold")
+    if status.fetching is not None:
+        rows.add_row("fetching", _fetching_bar(status.fetching))
+    for number, name in enumerate(status.held):
+        rows.add_row("" if number else "holds", Text(name))
     if status.model:
         rows.add_row("model", Text(status.model))
         _add_blocks(rows, status)
@@ -289,6 +301,28 @@ def render(status: NodeStatus) -> RenderableType:
         "Ctrl-C again leaves at once" if leaving else "Ctrl-C leaves the swarm cleanly", "dim"
     )
     return Panel(Group(rows), title=title, subtitle=hint, width=100, padding=(1, 2))
+
+
+def _fetching_bar(progress: Progress) -> RenderableType:
+    line = Table.grid(padding=(0, 2))
+    bar = ProgressBar(max(1, progress.bytes_total), progress.bytes_done, width=24)
+    line.add_row(bar, Text(describe_fetching(progress)))
+    return line
+
+
+def describe_fetching(progress: Progress) -> str:
+    """``45 % of 269 MB from 3 peers, 8.1 MB/s, 18 s left``."""
+    share = progress.bytes_done / max(1, progress.bytes_total)
+    peers = f"{progress.peers} peer{'' if progress.peers == 1 else 's'}"
+    text = f"{share:.0%} of {progress.bytes_total / 1e6:,.0f} MB from {peers}"
+    if progress.seconds_left is None:
+        return f"{text}, waiting for somebody who has it"
+    left = (
+        format_duration(progress.seconds_left)
+        if progress.seconds_left >= 60
+        else (f"{progress.seconds_left:.0f} s")
+    )
+    return f"{text}, {progress.bytes_per_s / 1e6:.1f} MB/s, {left} left"
 
 
 def _add_blocks(rows: Table, status: NodeStatus) -> None:

@@ -65,6 +65,11 @@ def encode(message: Message) -> tuple[bytes, Payload]:
         tensor: WireTensor = getattr(message, schema.tensor_name)
         encoding, payload = _encode_tensor(tensor)
         header_map[schema.tensor_number] = (int(tensor.dtype), int(encoding), tensor.shape)
+    elif schema.blob_index is not None:
+        payload = getattr(message, schema.blob_name)
+        if not 0 < len(payload) <= schema.blob_maximum_bytes:
+            raise UsageError(f"{type(message).__name__}.{schema.blob_name} is out of its bounds")
+        header_map[schema.blob_number] = len(payload)
     header: bytes = msgpack.packb(header_map)
     if len(header) > MAX_HEADER_BYTES:
         raise UsageError(f"{type(message).__name__} is larger than a frame may be")
@@ -89,8 +94,8 @@ def read_prefix(prefix: bytes, *, maximum_payload_bytes: int = MAX_PAYLOAD_BYTES
     if payload_bytes > min(maximum_payload_bytes, MAX_PAYLOAD_BYTES):
         raise DecodeError(ErrorCode.TOO_LARGE, "payload")
     schema = _SCHEMAS.get(tag)
-    if schema is not None and (payload_bytes > 0) != (schema.tensor_index is not None):
-        raise DecodeError(ErrorCode.BAD_FRAME, "payload without a tensor, or a tensor without one")
+    if schema is not None and (payload_bytes > 0) != schema.has_payload:
+        raise DecodeError(ErrorCode.BAD_FRAME, "a payload where none belongs, or none")
     return FramePrefix(tag, header_bytes, payload_bytes)
 
 
@@ -105,11 +110,14 @@ def decode(prefix: FramePrefix, header: bytes, payload: Payload) -> Message:
     if schema is None:
         raise DecodeError(ErrorCode.UNKNOWN_MESSAGE, f"tag {prefix.tag}")
     values = schema.read_fields(unpack(header))
-    if schema.tensor_index is None:
-        if payload:
-            raise DecodeError(ErrorCode.BAD_FRAME, "payload without a tensor")
-    else:
+    if schema.tensor_index is not None:
         values[schema.tensor_index] = _decode_tensor(values[schema.tensor_index], payload)
+    elif schema.blob_index is not None:
+        if values[schema.blob_index] != len(payload):
+            raise DecodeError(ErrorCode.BAD_FIELD, "the payload is not as long as it says")
+        values[schema.blob_index] = bytes(payload)
+    elif payload:
+        raise DecodeError(ErrorCode.BAD_FRAME, "a payload where none belongs")
     return schema.owner(*values)
 
 

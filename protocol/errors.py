@@ -61,6 +61,9 @@ class ErrorCode(IntEnum):
     ADAPTER_MISSING = 35
     ADAPTER_REFUSED = 36
     ADAPTER_NO_ROOM = 37
+    UNKNOWN_MANIFEST = 50
+    CHUNK_NOT_HELD = 51
+    TOO_MANY_UPLOADS = 52
     VOUCHER_MISSING = 55
     BAD_SIGNATURE = 56
     FOREIGN_OBJECT = 57
@@ -69,6 +72,13 @@ class ErrorCode(IntEnum):
     EQUIVOCATION = 60
     OVER_LIMIT = 61
     BAD_PROOF = 62
+    WRONG_SWARM = 63
+    PASSPORT_MISSING = 64
+    PASSPORT_INVALID = 65
+    PASSPORT_EXPIRED = 66
+    PASSPORT_REVOKED = 67
+    OUTSIDE_POLICY = 68
+    INVITATION_USED_UP = 69
 
 
 ERROR_TEXTS: dict[ErrorCode, str] = {
@@ -113,6 +123,16 @@ ERROR_TEXTS: dict[ErrorCode, str] = {
     ErrorCode.EQUIVOCATION: "another object was signed under the same number",
     ErrorCode.OVER_LIMIT: "more than the allowance grants",
     ErrorCode.BAD_PROOF: "the proof does not hold",
+    ErrorCode.WRONG_SWARM: "this peer belongs to another swarm",
+    ErrorCode.PASSPORT_MISSING: "this swarm admits only peers with a passport of its authority",
+    ErrorCode.PASSPORT_INVALID: "the passport is not valid for this peer in this swarm",
+    ErrorCode.PASSPORT_EXPIRED: "the passport is not valid now",
+    ErrorCode.PASSPORT_REVOKED: "the passport was revoked",
+    ErrorCode.OUTSIDE_POLICY: "the session's policy keeps this peer out",
+    ErrorCode.INVITATION_USED_UP: "the invitation is not valid here, has expired or is used up",
+    ErrorCode.UNKNOWN_MANIFEST: "this peer knows no such manifest",
+    ErrorCode.CHUNK_NOT_HELD: "this peer does not hold that chunk",
+    ErrorCode.TOO_MANY_UPLOADS: "this peer sends to as many as it may; retry later",
 }
 
 

@@ -50,6 +50,12 @@ SESSION_ID_BYTES = 16
 REVISION_BYTES = 32
 DIGEST_BYTES = 32
 """SHA-256."""
+SWARM_ID_BYTES = 32
+MAX_PASSPORT_BYTES = 768
+"""A chain of two certificates."""
+MAX_POLICY_BYTES = 2048
+MAX_CHUNKS = 1 << 20
+"""In all parts of one manifest."""
 
 
 # --- field specifications ------------------------------------------------------------------------
@@ -88,7 +94,17 @@ class TensorField:
     """The message's one tensor: dtype, encoding and shape in the header, bytes in the payload."""
 
 
-Spec = Uint | Bytes | Text | Array | TensorField
+@dataclass(frozen=True, slots=True)
+class BlobField:
+    """The message's one byte string that is too long for a header: 1 to ``maximum_bytes`` bytes.
+
+    The header has its size, the payload its bytes.
+    """
+
+    maximum_bytes: int
+
+
+Spec = Uint | Bytes | Text | Array | TensorField | BlobField
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +140,10 @@ class Hello(Message):
     minimum_version: int = wire(1, Uint(65535))
     maximum_version: int = wire(2, Uint(65535))
     software: str = wire(3, Text(64), "")
+    passport: bytes = wire(10, Bytes(0, MAX_PASSPORT_BYTES), b"")
+    """The sender's, in a swarm with a charter; empty: it has none."""
+    swarm_id: bytes = wire(11, Bytes(0, SWARM_ID_BYTES), b"")
+    """Of its charter; empty: it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +153,8 @@ class HelloReply(Message):
     TAG = 2
     version: int = wire(1, Uint(65535))
     software: str = wire(2, Text(64), "")
+    passport: bytes = wire(10, Bytes(0, MAX_PASSPORT_BYTES), b"")
+    swarm_id: bytes = wire(11, Bytes(0, SWARM_ID_BYTES), b"")
 
 
 # --- opening a session ---------------------------------------------------------------------------
@@ -161,6 +183,8 @@ class OpenSession(Message):
     """The only peer that may hand this session's state over; empty: nobody."""
     adapter_id: bytes = wire(20, Bytes(0, DIGEST_BYTES), b"")
     """The adapter to compute with; empty: the bare model. A hop that lacks it refuses."""
+    policy: bytes = wire(40, Bytes(0, MAX_POLICY_BYTES), b"")
+    """Who may see anything of the session, as ``policy`` writes it; empty: everybody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -528,6 +552,87 @@ class AdapterTensor(Message):
     values: WireTensor = wire(3, TensorField())
 
 
+# --- manifests and chunks of models and adapters -------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class GetManifest(Message):
+    """First message of a stream: send me the manifest with this digest."""
+
+    TAG = 60
+    manifest_digest: bytes = wire(1, Bytes(DIGEST_BYTES, DIGEST_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestPiece(Message):
+    """Pieces follow each other until ``total_bytes`` are there; then the signatures."""
+
+    TAG = 61
+    total_bytes: int = wire(1, Uint(32 * 1024 * 1024))
+    content: bytes = wire(2, BlobField(1024 * 1024))
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestSignatures(Message):
+    """Who stands behind the manifest that was just sent; one signature for each publisher."""
+
+    TAG = 62
+    publishers: tuple[str, ...] = wire(1, Array(PEER, 16))
+    signatures: tuple[bytes, ...] = wire(2, Array(Bytes(64, 64), 16))
+
+
+@dataclass(frozen=True, slots=True)
+class AskChunks(Message):
+    """Which chunks of this manifest do you hold? Later ``GetChunk`` are about it too."""
+
+    TAG = 63
+    manifest_digest: bytes = wire(1, Bytes(DIGEST_BYTES, DIGEST_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class ChunksHeld(Message):
+    """Two bitmaps of ``ceil(chunks / 8)`` bytes each: chunks held, and chunks being fetched.
+
+    The first chunk is the highest bit of the first byte.
+    """
+
+    TAG = 64
+    bitmaps: bytes = wire(1, BlobField(2 * MAX_CHUNKS // 8))
+
+
+@dataclass(frozen=True, slots=True)
+class GetChunk(Message):
+    """Send me this chunk. Requests may follow each other; they are answered in their order."""
+
+    TAG = 65
+    chunk: int = wire(1, Uint(MAX_CHUNKS - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk(Message):
+    """The bytes of a chunk. The receiver checks them by the hash in its manifest."""
+
+    TAG = 66
+    chunk: int = wire(1, Uint(MAX_CHUNKS - 1))
+    content: bytes = wire(2, BlobField(MAX_PAYLOAD_BYTES))
+
+
+# --- membership ----------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class RedeemInvitation(Message):
+    """To a desk: an invitation that it signed, for a passport for the peer that sends this."""
+
+    TAG = 80
+    invitation: bytes = wire(1, Bytes(1, 1024))
+
+
+@dataclass(frozen=True, slots=True)
+class PassportIssued(Message):
+    """From a desk: the passport, and the charter as it is now."""
+
+    TAG = 81
+    passport: bytes = wire(1, Bytes(1, MAX_PASSPORT_BYTES))
+    charter: bytes = wire(2, Bytes(1, 1536))
+
+
 MESSAGE_TYPES: tuple[type[Message], ...] = (
     Hello,
     HelloReply,
@@ -563,6 +668,15 @@ MESSAGE_TYPES: tuple[type[Message], ...] = (
     AdapterStatus,
     AdapterIndexPart,
     AdapterTensor,
+    GetManifest,
+    ManifestPiece,
+    ManifestSignatures,
+    AskChunks,
+    ChunksHeld,
+    GetChunk,
+    Chunk,
+    RedeemInvitation,
+    PassportIssued,
 )
 
 RETIRED_TAGS: frozenset[int] = frozenset()

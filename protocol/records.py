@@ -17,6 +17,7 @@ from typing import Any
 
 import msgpack
 
+from swarm.protocol.catalogue_records import CatalogueRecord, ProviderRecord
 from swarm.protocol.errors import ProtocolError, RecordError, UsageError
 from swarm.protocol.identity import (
     SIGNATURE_BYTES,
@@ -25,8 +26,10 @@ from swarm.protocol.identity import (
     public_key_from_peer_id,
     verify,
 )
+from swarm.protocol.membership_records import CharterRecord, RevocationRecord
 from swarm.protocol.messages import (
     MAX_BLOCKS,
+    MAX_PASSPORT_BYTES,
     MAX_STEP,
     PEER,
     REVISION_BYTES,
@@ -40,6 +43,8 @@ from swarm.protocol.schema import Schema, unpack
 from swarm.protocol.tensors import DType
 
 MAX_RECORD_BYTES = 2048
+"""Without a passport."""
+MAX_VALUE_BYTES = MAX_RECORD_BYTES + MAX_PASSPORT_BYTES + 8
 MAX_LIFETIME_S = 15 * 60
 MAX_SHARDS = 65536
 MAX_ADAPTERS = 16
@@ -175,13 +180,20 @@ class TombstoneRecord:
     expires_unix_s: int = wire(8, COUNT)
 
 
-Record = NodeRecord | ModelIndexRecord | TombstoneRecord
+SelfContained = CatalogueRecord | ProviderRecord | CharterRecord | RevocationRecord
+"""Records that know their key and their rules themselves."""
+Record = NodeRecord | ModelIndexRecord | TombstoneRecord | SelfContained
 
 _SCHEMAS: dict[int, Schema[Any]] = {
     1: Schema(NodeRecord),
     2: Schema(ModelIndexRecord),
     3: Schema(TombstoneRecord),
+    60: Schema(CatalogueRecord),
+    61: Schema(ProviderRecord),
+    80: Schema(CharterRecord),
+    81: Schema(RevocationRecord),
 }
+RECORD_TYPES: tuple[type[Any], ...] = tuple(schema.owner for schema in _SCHEMAS.values())
 _KINDS: dict[type, int] = {schema.owner: kind for kind, schema in _SCHEMAS.items()}
 
 
@@ -213,6 +225,8 @@ def tombstone_key(model_revision: bytes, group: int) -> str:
 
 def expected_key(record: Record) -> str:
     """The only key under which this record may be stored."""
+    if isinstance(record, SelfContained):
+        return record.key
     if isinstance(record, ModelIndexRecord):
         return model_index_key()
     if isinstance(record, TombstoneRecord):
@@ -249,10 +263,12 @@ def open_record(value: bytes, *, now_unix_s: float, expected_peer: PeerId | None
 
 def verify_record(value: bytes, expected_peer: PeerId | None = None) -> Record:
     """As ``open_record``, but for what changes with time: the same bytes give the same answer."""
-    if len(value) > MAX_RECORD_BYTES:
+    if len(value) > MAX_VALUE_BYTES:
         raise RecordError("too large")
     try:
-        kind, payload, signature = _open_envelope(value)
+        kind, payload, signature, passport = _open_envelope(value)
+        if len(value) - len(passport) > MAX_RECORD_BYTES + 8:
+            raise RecordError("too large")
         schema = _SCHEMAS.get(kind)
         if schema is None:
             raise RecordError("unknown kind")
@@ -276,16 +292,41 @@ def check_lifetime(record: Record, now_unix_s: float) -> None:
         raise RecordError("expired, or expires too late")
 
 
-def _open_envelope(value: bytes) -> tuple[int, bytes, bytes]:
+def with_passport(value: bytes, passport: bytes) -> bytes:
+    """A signed record of ours together with our passport, for a swarm that asks for one."""
+    if not passport:
+        return value
+    kind, payload, signature, _ = _open_envelope(value)
+    result: bytes = msgpack.packb([kind, payload, signature, passport])
+    return result
+
+
+def passport_of(value: bytes) -> bytes:
+    """The passport that came with a record; empty if there is none. Raises RecordError."""
+    try:
+        return _open_envelope(value)[3]
+    except RecordError:
+        raise
+    except ProtocolError as error:
+        raise RecordError(error.detail) from error
+
+
+def _open_envelope(value: bytes) -> tuple[int, bytes, bytes, bytes]:
+    """Kind, payload, signature, and the passport that may stand behind them."""
     envelope = unpack(value)
-    if type(envelope) is not list or len(envelope) != 3:
+    if type(envelope) is not list or len(envelope) not in (3, 4):
         raise RecordError("not a signed record")
-    kind, payload, signature = envelope
+    kind, payload, signature = envelope[:3]
+    passport = envelope[3] if len(envelope) == 4 else b""
+    if type(passport) is not bytes or (
+        len(envelope) == 4 and not 0 < len(passport) <= MAX_PASSPORT_BYTES
+    ):
+        raise RecordError("what stands behind the signature is no passport")
     if type(kind) is not int or type(payload) is not bytes or type(signature) is not bytes:
         raise RecordError("not a signed record")
     if len(signature) != SIGNATURE_BYTES:
         raise RecordError("not signed")
-    return kind, payload, signature
+    return kind, payload, signature, passport
 
 
 def _problem(record: Record) -> str:
@@ -294,6 +335,8 @@ def _problem(record: Record) -> str:
         public_key_from_peer_id(record.peer_id)
     except ProtocolError as error:
         return error.detail
+    if isinstance(record, SelfContained):
+        return record.problem()
     if isinstance(record, TombstoneRecord):
         return _tombstone_problem(record)
     if not record.model_name:

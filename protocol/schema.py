@@ -19,7 +19,16 @@ from typing import Any, Generic, TypeVar, get_type_hints
 import msgpack
 
 from swarm.protocol.errors import DecodeError, ErrorCode, UsageError
-from swarm.protocol.messages import Array, Bytes, Spec, TensorField, Text, Uint, WireField
+from swarm.protocol.messages import (
+    Array,
+    BlobField,
+    Bytes,
+    Spec,
+    TensorField,
+    Text,
+    Uint,
+    WireField,
+)
 
 MAX_ARRAY_LENGTH = 256
 MAX_MAP_LENGTH = 64
@@ -82,6 +91,7 @@ class Schema(Generic[T]):
     def __init__(self, owner: type[T]) -> None:
         self.owner = owner
         self.tensor_index: int | None = None
+        self.blob_index: int | None = None
         self._defaults: list[Any] = []
         self._writers: list[tuple[str, int, Check, Any]] = []
         self._readers: dict[int, tuple[int, Check, Convert | None]] = {}
@@ -100,8 +110,18 @@ class Schema(Generic[T]):
                 self.tensor_index = index
                 self.tensor_number = wire.number
                 self.tensor_name = declared.name
+            elif isinstance(wire.spec, BlobField):
+                self.blob_index = index
+                self.blob_number = wire.number
+                self.blob_name = declared.name
+                self.blob_maximum_bytes = wire.spec.maximum_bytes
             else:
                 self._writers.append((declared.name, wire.number, check_own, declared.default))
+
+    @property
+    def has_payload(self) -> bool:
+        """Whether such messages carry bytes behind their header."""
+        return self.tensor_index is not None or self.blob_index is not None
 
     def to_map(self, value: T) -> dict[int, object]:
         """Field numbers and values, without the tensor and without values that are the default.
@@ -186,6 +206,8 @@ def _check_for(spec: Spec, python_type: Any, array_type: type[Sequence[Any]]) ->
             )
         case TensorField():
             return lambda value: type(value) is list and len(value) == 3
+        case BlobField(maximum_bytes):  # in the header only its size
+            return lambda value: type(value) is int and 0 < value <= maximum_bytes
 
 
 def _is_bounded_text(value: object, maximum_bytes: int) -> bool:

@@ -17,6 +17,12 @@ MAXIMUM_VERSION = 1
 
 STREAM_PROTOCOL = "sovereign-swarm/session"
 """Name under which the transport opens and accepts streams; it never changes with the version."""
+WEIGHTS_PROTOCOL = "sovereign-swarm/weights"
+"""Name of streams on which manifests and chunks are asked for."""
+INTRODUCTION_PROTOCOL = "sovereign-swarm/introduction"
+"""Name of streams on which nothing but Hello is said, before one asks the other's directory."""
+ENROLMENT_PROTOCOL = "sovereign-swarm/enrolment"
+"""Name of streams on which an invitation is exchanged for a passport."""
 
 DISTRIBUTION = "sovereign-swarm"
 

@@ -7,6 +7,7 @@ written, not which message may follow which (``swarm.protocol.session`` and the 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
@@ -21,6 +22,7 @@ from swarm.protocol.errors import (
 )
 from swarm.protocol.identity import PeerId
 from swarm.protocol.messages import Error, Hello, HelloReply, Message, Ping, Pong
+from swarm.protocol.passport import Passport
 from swarm.protocol.version import (
     MAXIMUM_VERSION,
     MINIMUM_VERSION,
@@ -33,6 +35,8 @@ FRAME_GRACE_S = 5.0
 SLOWEST_BYTES_PER_S = 64 * 1024
 
 M = TypeVar("M", bound=Message)
+PassportCheck = Callable[[PeerId, Passport | None], None]
+"""Raises ProtocolError(OUTSIDE_POLICY) for a peer that something must not be sent to."""
 
 
 class ByteObserver(Protocol):
@@ -47,8 +51,18 @@ class Connection:
     Use as an async context manager: leaving it closes the stream.
     """
 
-    def __init__(self, stream: Stream, on_bytes: ByteObserver | None = None) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        on_bytes: ByteObserver | None = None,
+        *,
+        admits_strangers: bool = False,
+    ) -> None:
+        """``admits_strangers`` only where a peer gets its passport from us."""
         self._stream = stream
+        self._gate = None if admits_strangers else stream.gate
+        self.passport: Passport | None = None
+        """Of the peer, as checked at its Hello; None for a stranger in an open swarm."""
         self._on_bytes = on_bytes
         self._sending = asyncio.Lock()
         self.maximum_payload_bytes = 0
@@ -146,19 +160,31 @@ class Connection:
                 f"{type(message).__name__} instead of {kind.__name__}",
             )
 
-    async def say_hello(self, *messages: Message) -> None:
-        """Dialling side: offer our versions; ``messages`` go right behind, without waiting."""
-        await self.send(
-            Hello(
-                minimum_version=MINIMUM_VERSION,
-                maximum_version=MAXIMUM_VERSION,
-                software=software_version(),
-            ),
-            *messages,
+    async def say_hello(self, *messages: Message, only_for: PassportCheck | None = None) -> None:
+        """Dialling side: offer our versions; ``messages`` go right behind, without waiting.
+
+        In a swarm that keeps strangers out they wait until the peer has shown its passport; with
+        ``only_for`` also until that has passed the check, which raises ProtocolError if it has not.
+        """
+        gate = self._gate
+        minimum_version = self._minimum_version()
+        hello = Hello(
+            minimum_version=minimum_version,
+            maximum_version=MAXIMUM_VERSION,
+            software=software_version(),
+            passport=b"" if gate is None else gate.passport,
+            swarm_id=b"" if gate is None else gate.charter.swarm_id,
         )
+        waits = only_for is not None or (gate is not None and gate.enforces)
+        await self.send(hello, *(() if waits else messages))
         reply = await self.receive_only(HelloReply)
-        if not MINIMUM_VERSION <= reply.version <= MAXIMUM_VERSION:
+        if not minimum_version <= reply.version <= MAXIMUM_VERSION:
             raise ProtocolError(ErrorCode.UNSUPPORTED_VERSION, f"peer chose {reply.version}")
+        self._meet(reply.passport, reply.swarm_id)
+        if only_for is not None:
+            only_for(self.peer, self.passport)
+        if waits and messages:
+            await self.send(*messages)
 
     async def answer_hello(self, timeout_s: float) -> None:
         """Accepting side: wait for Hello and answer with the highest version in common."""
@@ -168,9 +194,28 @@ class Connection:
         except TimeoutError:
             raise ProtocolError(ErrorCode.TOO_SLOW, "no Hello") from None
         version = negotiate(
-            MINIMUM_VERSION, MAXIMUM_VERSION, hello.minimum_version, hello.maximum_version
+            self._minimum_version(), MAXIMUM_VERSION, hello.minimum_version, hello.maximum_version
         )
-        await self.send(HelloReply(version=version, software=software_version()))
+        self._meet(hello.passport, hello.swarm_id)
+        gate = self._gate
+        await self.send(
+            HelloReply(
+                version=version,
+                software=software_version(),
+                passport=b"" if gate is None else gate.passport,
+                swarm_id=b"" if gate is None else gate.charter.swarm_id,
+            )
+        )
+
+    def _minimum_version(self) -> int:
+        charter = None if self._gate is None else self._gate.charter
+        return max(MINIMUM_VERSION, 0 if charter is None else charter.minimum_protocol_version)
+
+    def _meet(self, passport: bytes, swarm_id: bytes) -> None:
+        """Check what the peer has shown. Raises ProtocolError(WRONG_SWARM or PASSPORT_...)."""
+        if self._gate is not None:
+            self.passport = self._gate.check(self.peer, passport, swarm_id)
+            self._gate.watch(self)
 
     async def refuse(
         self,

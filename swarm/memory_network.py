@@ -24,9 +24,12 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 
+from swarm.gate import Gate
 from swarm.ports import Buffer, Clock, DirectoryEntry, StreamHandler
-from swarm.protocol.errors import NetworkError, PeerUnreachable, RecordError
+from swarm.protocol.errors import NetworkError, PeerUnreachable, ProtocolError, RecordError
 from swarm.protocol.identity import Identity, PeerId
+from swarm.protocol.membership_records import charter_key
+from swarm.protocol.records import with_passport
 from swarm.record_validation import MAX_ENTRIES_PER_KEY, MAX_KEYS, RecordChecker
 from swarm.virtual_time import LoopClock
 
@@ -95,11 +98,11 @@ class MemoryNetwork:
         self._cuts: set[frozenset[PeerId]] = set()
         self._relayed: set[frozenset[PeerId]] = set()
 
-    def join(self, identity: Identity) -> MemoryPeer:
+    def join(self, identity: Identity, gate: Gate | None = None) -> MemoryPeer:
         """Add a peer; also one that crashed before, with nothing left of what it knew."""
         if identity.peer_id in self._peers:
             raise ValueError(f"{identity.peer_id} is already in the network")
-        peer = MemoryPeer(self, identity.peer_id, self._joined)
+        peer = MemoryPeer(self, identity.peer_id, self._joined, gate)
         self._joined += 1
         self._peers[peer.peer_id] = peer
         for key, nearest in self._nearest.items():
@@ -368,7 +371,9 @@ class MemoryStream:
         streams: dict[MemoryStream, None],
         *,
         relayed: bool,
+        gate: Gate | None,
     ) -> None:
+        self.gate = gate
         self._remote_peer = remote_peer
         self._relayed = relayed
         self._outgoing = outgoing
@@ -409,10 +414,13 @@ class MemoryStream:
 class MemoryPeer:
     """``Transport`` and ``Directory`` of one peer in a :class:`MemoryNetwork`."""
 
-    def __init__(self, network: MemoryNetwork, peer_id: PeerId, index: int) -> None:
+    def __init__(
+        self, network: MemoryNetwork, peer_id: PeerId, index: int, gate: Gate | None = None
+    ) -> None:
+        self.gate = gate
         self.index = index
         self.place = _place(peer_id)
-        self.checker = RecordChecker()
+        self.checker = RecordChecker(gate)
         self.dice = random.Random(f"{network.seed}/{index}")  # noqa: S311
         self._keepers_known_until_s: dict[str, float] = {}
         self.directory_bytes_sent = 0
@@ -458,9 +466,11 @@ class MemoryPeer:
         there, back = _Pipe(network, self, target), _Pipe(network, target, self)
         there.opposite, back.opposite = back, there
         relayed = network.is_relayed(self._peer_id, peer)
-        theirs = MemoryStream(self._peer_id, back, there, target.streams, relayed=relayed)
+        theirs = MemoryStream(
+            self._peer_id, back, there, target.streams, relayed=relayed, gate=target.gate
+        )
         target.accept(theirs, handler)
-        return MemoryStream(peer, there, back, self.streams, relayed=relayed)
+        return MemoryStream(peer, there, back, self.streams, relayed=relayed, gate=self.gate)
 
     async def is_direct(self, peer: PeerId) -> bool | None:
         if self._network.peer(peer) is None:
@@ -469,6 +479,8 @@ class MemoryPeer:
 
     async def store(self, key: str, value: bytes, expires_unix_s: float) -> bool:
         network = self._network
+        if self.gate is not None:
+            value = with_passport(value, self.gate.passport)
         entry = DirectoryEntry(value, expires_unix_s)
         asked = self._nearest(key, network.settings.directory_reads)
         for peer in asked:
@@ -478,7 +490,8 @@ class MemoryPeer:
             self._count(replica, DIRECTORY_REQUEST_BYTES + len(value), 0)
         await self._ask(replicas)
         network.record(f"store {self.index}")
-        return any([replica.keep(key, self._peer_id, entry) for replica in replicas])  # noqa: C419
+        willing = [peer for peer in replicas if peer.lets_in(self) and self.lets_in(peer)]
+        return any([replica.keep(key, self._peer_id, entry) for replica in willing])  # noqa: C419
 
     async def get(
         self, key: str, *, until_unix_s: float = math.inf
@@ -491,6 +504,8 @@ class MemoryPeer:
         network.record(f"get {self.index}")
         found: dict[PeerId, DirectoryEntry] = {}
         for replica in asked:
+            if key != charter_key() and not (replica.lets_in(self) and self.lets_in(replica)):
+                continue
             entries = replica.live_entries(key)
             size_bytes = sum(len(entry.value) for entry in entries.values())
             self._count(replica, DIRECTORY_REQUEST_BYTES, DIRECTORY_ANSWER_BYTES + size_bytes)
@@ -500,6 +515,21 @@ class MemoryPeer:
                 if newer and self._is_valid(key, peer, entry):
                     found[peer] = entry
         return found
+
+    def lets_in(self, other: MemoryPeer) -> bool:
+        """Whether ``other`` may use the directory here; they introduce themselves first."""
+        if self.gate is None or other is self:
+            return True
+        shown = other.gate
+        try:
+            self.gate.check(
+                other.peer_id,
+                b"" if shown is None else shown.passport,
+                b"" if shown is None else shown.charter.swarm_id,
+            )
+        except ProtocolError:
+            return False
+        return True
 
     def _nearest(self, key: str, count: int) -> list[MemoryPeer]:
         return list(islice(self._network.nearest(key, self), count)) if self._alive else []

@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from swarm.protocol.identity import PeerId
+
+if TYPE_CHECKING:
+    from swarm.gate import Gate
 
 Buffer = bytes | bytearray | memoryview
 
@@ -22,6 +25,10 @@ class Stream(Protocol):
     @property
     def remote_peer(self) -> PeerId:
         """Who is at the other end. The only thing about a peer that needs no checking."""
+
+    @property
+    def gate(self) -> Gate | None:
+        """Whom we let in and what we show; None in a swarm without a charter."""
 
     @property
     def relayed(self) -> bool:

@@ -12,13 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from swarm.protocol.errors import RecordError
+from swarm.gate import Gate
+from swarm.protocol.errors import ProtocolError, RecordError
 from swarm.protocol.identity import PeerId
 from swarm.protocol.records import (
-    MAX_RECORD_BYTES,
+    MAX_VALUE_BYTES,
     Record,
     check_lifetime,
     expected_key,
+    passport_of,
     verify_record,
 )
 
@@ -44,7 +46,7 @@ def check_entry(
     ``is_stored_under`` tells whether a key is the one of the entry; some networks know only its
     hash. Entries that were seen before cost no signature, whoever in this process saw them.
     """
-    if len(value) > MAX_RECORD_BYTES:
+    if len(value) > MAX_VALUE_BYTES:
         raise RecordError("too large")
     record = _verified(value, subkey)
     check_lifetime(record, now_unix_s)
@@ -70,7 +72,9 @@ class _Known:
 class RecordChecker:
     """Checks entries one after the other and remembers the newest record of each peer and key."""
 
-    def __init__(self) -> None:
+    def __init__(self, gate: Gate | None = None) -> None:
+        """``gate`` says whose records are kept at all."""
+        self._gate = gate
         self._known: OrderedDict[tuple[PeerId, str], _Known] = OrderedDict()
         self._keys_of_peer: Counter[PeerId] = Counter()
 
@@ -87,8 +91,18 @@ class RecordChecker:
         key, record = check_entry(
             is_stored_under, subkey, value, expires_unix_s, now_unix_s=now_unix_s
         )
+        if self._gate is not None:
+            self._require_member(self._gate, subkey, value)
         self._remember(subkey, key, value, record, now_unix_s)
         return record
+
+    @staticmethod
+    def _require_member(gate: Gate, peer: PeerId, value: bytes) -> None:
+        """Learn the passport that came with a record; who may not take part announces nothing."""
+        try:
+            gate.check(peer, passport_of(value), b"")
+        except ProtocolError as error:
+            raise RecordError(f"of a peer that may not take part: {error}") from error
 
     def _remember(
         self,

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from ipaddress import ip_address
 from itertools import groupby
@@ -23,6 +23,8 @@ from statistics import median
 
 from swarm.protocol.errors import NoRouteError
 from swarm.protocol.identity import PeerId
+from swarm.protocol.passport import Passport
+from swarm.protocol.policy import Policy
 from swarm.protocol.records import NodeRecord, NodeState
 from swarm.protocol.tensors import DType
 from swarm.protocol.version import MAXIMUM_VERSION, MINIMUM_VERSION
@@ -104,6 +106,13 @@ def block_ranges(blocks: Iterable[int]) -> str:
     return ", ".join(ranges)
 
 
+PassportOf = Callable[[PeerId], Passport | None]
+
+
+def _no_passport(_: PeerId) -> Passport | None:
+    return None
+
+
 # --- who may serve -------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Needs:
@@ -122,6 +131,10 @@ class Needs:
     """Id of an adapter that the client brings to nodes that lack it; those that have it are
     preferred."""
     versions: tuple[int, int] = (MINIMUM_VERSION, MAXIMUM_VERSION)
+    policy: Policy | None = None
+    """Who may see anything of the session; None: everybody."""
+    passport_of: PassportOf = _no_passport
+    """What the swarm's authority says of a peer; None: nothing that is known."""
 
 
 def obstacle(record: NodeRecord, needs: Needs) -> str:
@@ -150,6 +163,25 @@ def obstacle(record: NodeRecord, needs: Needs) -> str:
 def adapter_hint(adapter_id: bytes) -> str:
     """How nodes announce a loaded adapter: half of its id, in hexadecimal."""
     return adapter_id.hex()[: len(adapter_id)]
+
+
+def permitted(record: NodeRecord, needs: Needs) -> tuple[NodeRecord, str]:
+    """The record with the blocks that the policy lets its node compute, or why there are none."""
+    policy = needs.policy
+    if policy is None:
+        return record, ""
+    passport = needs.passport_of(record.peer_id)
+    refusal = policy.refusal(record.peer_id, passport)
+    if refusal:
+        return record, refusal
+    first_block, end_block = policy.allowed_blocks(
+        record.first_block, record.end_block, needs.number_of_blocks, passport
+    )
+    if first_block >= end_block:
+        return record, "below the policy's tier for the first and last blocks"
+    if (first_block, end_block) == (record.first_block, record.end_block):
+        return record, ""
+    return replace(record, first_block=first_block, end_block=end_block), ""
 
 
 def overlaps(record: NodeRecord, first_block: int, end_block: int) -> bool:

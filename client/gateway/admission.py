@@ -13,6 +13,7 @@ from swarm.client.gateway.limits import KeyLimits, Usage, Usages
 from swarm.client.gateway.metrics import GatewayMetrics
 from swarm.client.gateway.settings import GatewaySettings
 from swarm.client.gateway.turns import TooManyWaiting, Turns
+from swarm.protocol.policy import Policy
 
 BEARER = "Bearer "
 
@@ -24,6 +25,8 @@ class Caller:
     key_id: str
     account: str
     limits: KeyLimits
+    policy: Policy | None = None
+    """Which nodes may see what it asks, beside the gateway's own policy; None: no further rule."""
 
 
 class Admission:
@@ -58,7 +61,7 @@ class Admission:
         key = self._keys.find(authorization.removeprefix(BEARER).strip(), time.monotonic())
         if key is None:
             raise ApiError(401, "wrong or revoked API key", code="invalid_api_key")
-        return Caller(key.key_id, key.account, self._limits(key))
+        return Caller(key.key_id, key.account, self._limits(key), key.session_policy)
 
     def count_request(self, caller: Caller) -> None:
         """Before the body is read. Raises ApiError 429."""

@@ -20,6 +20,8 @@ from swarm.client.gateway.replies import DONE, KEEP_ALIVE, Reply, event_of
 from swarm.client.gateway.settings import GatewaySettings
 from swarm.client.gateway.shelf import ServedModel, SwarmView
 from swarm.client.gateway.token_text import TokenTexts
+from swarm.client.remote_blocks import ChainOpener
+from swarm.protocol.errors import ConfigError
 
 CLIENT_LEFT = 499
 CALLER = web.RequestKey("caller", Caller)
@@ -98,7 +100,8 @@ class AnswerDesk:
                         answers=question.choices,
                     )
                 )
-                queue = await stack.enter_async_context(answering(self._client, question))
+                client = self._client_for(request[CALLER])
+                queue = await stack.enter_async_context(answering(client, question))
                 events = self._events(request, queue, question.choices)
                 if body.stream:
                     return await _send(stream, reply, events)
@@ -119,6 +122,15 @@ class AnswerDesk:
             if usage is not None:
                 usage.tokens.take(time.monotonic(), reply.completion_tokens)
                 self._metrics.tokens(model.name, len(prompt_ids), reply.completion_tokens)
+
+    def _client_for(self, caller: Caller) -> ChainOpener:
+        """The client, under the policy of the caller's key. Raises ApiError."""
+        if caller.policy is None:
+            return self._client
+        try:
+            return self._client.under(caller.policy)
+        except ConfigError as error:
+            raise ApiError(403, str(error), code="policy_conflict") from None
 
     def _question(
         self, model: ServedModel, prompt_ids: list[int], settings: SamplingSettings, choices: int

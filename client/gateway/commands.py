@@ -91,9 +91,9 @@ def gateway(
     """
     if context.invoked_subcommand is not None:
         return
-    from swarm.client import cli
+    from swarm.client import joining
 
-    with cli.outcome(as_json):
+    with joining.outcome(as_json):
         settings, rest = load_gateway_settings(
             {
                 "models": model,
@@ -105,8 +105,8 @@ def gateway(
             },
             config,
         )
-        client_settings = cli.client_settings(peers, dtype, rest)
-        cli.prepare_process()
+        client_settings = joining.client_settings(peers, dtype, rest)
+        joining.prepare_process()
         logging.basicConfig(
             level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )
@@ -137,17 +137,22 @@ def add(
     answers: Annotated[
         int | None, typer.Option("--answers", help="Answers in the making at a time.")
     ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option("--policy", metavar="FILE", help="TOML: which nodes may see what it asks."),
+    ] = None,
     keys_file: KeysFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a key and print it. It is shown this once: only its hash is kept."""
-    from swarm.client import cli
+    from swarm.client import joining
     from swarm.client.gateway.keys import make_key
 
-    with cli.outcome(as_json):
+    with joining.outcome(as_json):
         key, text = make_key(
             name,
             account=account,
+            policy=None if policy is None else joining.read_policy(policy),
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
             answers=answers,
@@ -163,9 +168,9 @@ def add(
 @keys_app.command(name="list", epilog="[bold]Example[/bold]\n\nswarm gateway keys list --json")
 def list_keys(keys_file: KeysFile = None, as_json: AsJson = False) -> None:
     """Show all keys, without their secrets."""
-    from swarm.client import cli
+    from swarm.client import joining
 
-    with cli.outcome(as_json):
+    with joining.outcome(as_json):
         keys = _file(keys_file).all()
         if as_json:
             print(json.dumps({"keys": [_key_json(key) for key in keys]}))
@@ -192,9 +197,9 @@ def revoke(
     as_json: AsJson = False,
 ) -> None:
     """End a key for good."""
-    from swarm.client import cli
+    from swarm.client import joining
 
-    with cli.outcome(as_json):
+    with joining.outcome(as_json):
         revoked = _file(keys_file).revoke(key)
         if as_json:
             print(json.dumps(_key_json(revoked)))

@@ -22,7 +22,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from swarm.protocol.errors import ConfigError, UsageError
+from swarm.protocol.errors import ConfigError, ProtocolError, UsageError
+from swarm.protocol.policy import Policy
 
 PREFIX = "sk-swarm-"
 MAXIMUM_FILE_BYTES = 64 * 1024 * 1024
@@ -45,9 +46,23 @@ class ApiKey:
     """None: what the gateway's settings say; the same for the others."""
     tokens_per_minute: int | None = None
     answers: int | None = None
+    policy: str = ""
+    """Which nodes may see what the key asks, in canonical JSON; empty: those of the gateway."""
+
+    @property
+    def session_policy(self) -> Policy | None:
+        """Raises ConfigError for a policy that cannot be read: then the key is of no use."""
+        if not self.policy:
+            return None
+        try:
+            return Policy.from_bytes(self.policy.encode())
+        except ProtocolError as error:
+            raise ConfigError(f"the policy of key {self.key_id} cannot be read") from error
 
 
-def make_key(name: str, *, account: str = "", **limits: int | None) -> tuple[ApiKey, str]:
+def make_key(
+    name: str, *, account: str = "", policy: Policy | None = None, **limits: int | None
+) -> tuple[ApiKey, str]:
     """A new key, and the text of it, which nobody can show again."""
     if not 1 <= len(name) <= 100 or not name.isprintable():
         raise UsageError("a key's name has 1 to 100 printable characters")
@@ -62,6 +77,7 @@ def make_key(name: str, *, account: str = "", **limits: int | None) -> tuple[Api
         name=name,
         account=account,
         created_unix_s=int(time.time()),
+        policy="" if policy is None else policy.to_bytes().decode(),
         **limits,
     )
     return key, f"{PREFIX}{key_id}-{secret}"

@@ -62,7 +62,8 @@ async def run_gateway(
             stack.push_async_callback(client.close)
             models = []
             for name in settings.models:
-                local = await asyncio.to_thread(LocalModel.load, name, dtype=client_settings.dtype)
+                path = str(await client.find_ends(name))
+                local = await asyncio.to_thread(LocalModel.load, path, dtype=client_settings.dtype)
                 stack.callback(local.close)
                 called = local.blocks_of(client).model_name
                 models.append(ServedModel(called, local, client))

@@ -16,6 +16,7 @@ from swarm.client.generate import LocalModel
 from swarm.client.remote_blocks import ChainOpener
 from swarm.membership import coverage
 from swarm.protocol.errors import SwarmError, UsageError
+from swarm.protocol.policy import Policy
 from swarm.protocol.records import NodeRecord
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ LOOK_PERIOD_S = 10.0
 
 class SwarmView(ChainOpener, Protocol):
     """What a gateway needs of a client; ``client.app.SwarmClient`` is one."""
+
+    def under(self, policy: Policy) -> ChainOpener:
+        """With a policy beside its own. Raises ConfigError when nothing satisfies both."""
 
     async def nodes(self, model_revision: bytes) -> list[NodeRecord]: ...
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from swarm.block_vectors import PlacedNode, block_vectors, typical_speed
 from swarm.catalogue.checkpoint import Checkpoint
-from swarm.catalogue.resolve import resolve_checkpoint
 from swarm.compute.devices import choose_device, choose_dtype, dtype_name
 from swarm.node.config import BlockSpan, NodeSettings
 from swarm.node.engine import capacity
@@ -49,9 +49,9 @@ class OpenedModel:
         return sum(self.checkpoint.block_bytes(block, name) for block in blocks)
 
 
-def open_model(settings: NodeSettings) -> OpenedModel:
-    """Find and open the checkpoint; reads headers only, may download. Raises UsageErrors."""
-    checkpoint = Checkpoint.open(resolve_checkpoint(settings.model))
+def open_model(settings: NodeSettings, path: Path) -> OpenedModel:
+    """Open the checkpoint in a directory; reads headers only. Raises UsageErrors."""
+    checkpoint = Checkpoint.open(path)
     device = choose_device(settings.device)
     usable_bytes = settings.memory_bytes or capacity.usable_memory_bytes(device)
     return OpenedModel(checkpoint, device, choose_dtype(settings.dtype, device), usable_bytes)

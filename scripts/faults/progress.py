@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swarm.client.remote_blocks import ChainOpener, RemoteChain
+from swarm.gate import Gate
 from swarm.ports import Buffer, Stream
 from swarm.protocol.codec import PREFIX_BYTES, read_prefix
 from swarm.protocol.identity import PeerId
@@ -50,6 +51,10 @@ class WatchedStream:
     @property
     def remote_peer(self) -> PeerId:
         return self._stream.remote_peer
+
+    @property
+    def gate(self) -> Gate | None:
+        return self._stream.gate
 
     @property
     def relayed(self) -> bool:

@@ -6,84 +6,36 @@ become modules: ``swarm.node.engine.span_loader`` and ``swarm.client.model``.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from swarm.catalogue.hashed_parts import HashedParts, config_digest, hashed_parts
 from swarm.catalogue.resolve import models_directory, resolve_checkpoint
+from swarm.catalogue.safetensors_file import TensorInfo, header_for, read_header, read_json
 from swarm.protocol.errors import CheckpointError
+from swarm.protocol.manifest import (
+    ITEM_BYTES,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    ManifestError,
+    Part,
+    parse_manifest,
+)
 
 __all__ = ["Checkpoint", "TensorInfo", "models_directory", "resolve_checkpoint"]
 
-ITEM_BYTES: dict[str, int] = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-}
-_SAFETENSORS_DTYPES: dict[str, str] = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+MANIFEST_FILE = "manifest.json"
 _MAX_CONFIG_BYTES = 4 * 1024 * 1024
 _MAX_INDEX_BYTES = 64 * 1024 * 1024
-_MAX_HEADER_BYTES = 100 * 1000 * 1000
-"""What the safetensors format itself allows."""
 _MAX_BLOCKS = 1024
-_SAMPLE_BYTES = 4096
 _BLOCK_NAME = re.compile(
     r"^(?:model\.|language_model\.model\.|model\.language_model\.)layers\.(\d{1,5})\.(.+)$"
 )
-_CONFIG_KEYS_WITHOUT_MEANING = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "_attn_implementation",
-        "output_attentions",
-        "output_hidden_states",
-    }
-)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where one tensor lies: row-major, little endian, ``size_bytes`` at ``offset`` of ``file``."""
-
-    name: str
-    file: Path
-    dtype: str
-    """As torch spells it: ``float32``, ``bfloat16``, ..."""
-    shape: tuple[int, ...]
-    offset: int
-    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -94,18 +46,24 @@ class Checkpoint:
     config: Mapping[str, Any]
     """``config.json`` as it is."""
     tensors: Mapping[str, TensorInfo]
-    _blocks: Mapping[int, Mapping[str, TensorInfo]] = field(repr=False)
+    blocks: Mapping[int, Mapping[str, TensorInfo]] = field(repr=False)
+    """The tensors of each block; keys are names inside the block."""
+    manifest: Manifest | None = None
+    """By which the directory was fetched; parts of it may still be missing on disk."""
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
         """Read configuration and headers, no weights. Raises CheckpointError in plain words."""
         directory = Path(path)
-        config = _read_json(directory / "config.json", _MAX_CONFIG_BYTES)
+        config = read_json(directory / "config.json", _MAX_CONFIG_BYTES)
         if not isinstance(config, dict):
             raise CheckpointError(f"{directory / 'config.json'} is no JSON object")
+        manifest = read_manifest(directory)
+        if manifest is not None:
+            return cls._described(directory, config, manifest)
         tensors: dict[str, TensorInfo] = {}
         for file, expected in _weight_files(directory).items():
-            found = _read_header(file)
+            found = read_header(file)
             missing = sorted(expected - found.keys())
             if missing:
                 raise CheckpointError(
@@ -113,23 +71,24 @@ class Checkpoint:
                     f"lists ({missing[0]}, ...)"
                 )
             tensors.update(found)
-        blocks: dict[int, dict[str, TensorInfo]] = {}
-        for name, info in tensors.items():
-            match = _BLOCK_NAME.match(name)
-            if match:
-                blocks.setdefault(int(match[1]), {})[match[2]] = info
-        checkpoint = cls(directory, config, tensors, blocks)
-        for block in range(checkpoint.number_of_blocks):
-            if block not in blocks:
-                raise CheckpointError(
-                    f"checkpoint incomplete: {directory} has no tensors for block {block} of "
-                    f"{checkpoint.number_of_blocks}"
-                )
-        return checkpoint
+        return _whole(cls(directory, config, tensors, _by_block(tensors)))
+
+    @classmethod
+    def _described(
+        cls, directory: Path, config: Mapping[str, Any], manifest: Manifest
+    ) -> Checkpoint:
+        if config_digest(config) != manifest.config_digest:
+            raise CheckpointError(f"{directory}: config.json is not that of the manifest")
+        tensors = {
+            info.name: info for part in manifest.parts for info in part_tensors(directory, part)
+        }
+        return _whole(cls(directory, config, tensors, _by_block(tensors), manifest))
 
     @property
     def name(self) -> str:
-        """The directory's name, or the model's name for a snapshot in the Hugging Face cache."""
+        """As its manifest says; else the directory's, or the model's in the Hugging Face cache."""
+        if self.manifest is not None:
+            return self.manifest.name
         if self.path.parent.name == "snapshots":
             return self.path.parent.parent.name.removeprefix("models--").replace("--", "/")
         return self.path.resolve().name
@@ -157,7 +116,7 @@ class Checkpoint:
     def dtype(self) -> str:
         """The dtype of most of the blocks' bytes."""
         sizes: dict[str, int] = {}
-        for info in (info for block in self._blocks.values() for info in block.values()):
+        for info in (info for block in self.blocks.values() for info in block.values()):
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.size_bytes
         return max(sizes, key=lambda dtype: sizes[dtype])
 
@@ -167,9 +126,9 @@ class Checkpoint:
 
     def block_tensors(self, block: int) -> Mapping[str, TensorInfo]:
         """The tensors of one block; keys are names inside the block (``mlp.up_proj.weight``)."""
-        if block not in self._blocks:
+        if block not in self.blocks:
             raise CheckpointError(f"{self.name} has no block {block}")
-        return self._blocks[block]
+        return self.blocks[block]
 
     def block_bytes(self, block: int, dtype: str | None = None) -> int:
         """Size of one block's tensors, as stored or converted to ``dtype``."""
@@ -198,55 +157,26 @@ class Checkpoint:
 
     @cached_property
     def revision(self) -> bytes:
-        """32 bytes that identify the model among honest peers, in milliseconds for any size.
+        """32 bytes that identify configuration and weights (``swarm.protocol.manifest``).
 
-        SHA-256 over the configuration (without what does not change the result) and over name,
-        dtype, shape and three samples of 4 KiB of each tensor. It does not depend on how tensors
-        are spread over files. It identifies, it does not verify: a signed manifest does that.
+        For a directory with a manifest it is the manifest's. Otherwise all weights are read and
+        hashed, about 1 GB/s and core, once: the hashes are kept until a file changes. It does not
+        depend on how tensors are spread over files.
         """
-        config = {k: v for k, v in self.config.items() if k not in _CONFIG_KEYS_WITHOUT_MEANING}
-        digest = hashlib.sha256(b"sovereign-swarm revision 1\n")
-        digest.update(json.dumps(config, sort_keys=True).encode())
-        for name in sorted(self.tensors):
-            info = self.tensors[name]
-            digest.update(json.dumps([name, info.dtype, info.shape]).encode())
-            for sample in _read_samples(info):
-                digest.update(hashlib.sha256(sample).digest())
-        return digest.digest()
+        return self.parts.revision
+
+    @cached_property
+    def parts(self) -> HashedParts:
+        """The tensors as parts of a manifest, with the hashes of their chunks."""
+        if self.manifest is not None:
+            return HashedParts.of_manifest(self.manifest)
+        return hashed_parts(self.path, self.config, self.tensors, block_of_tensor)
 
     def _integer(self, key: str, maximum: int) -> int:
         value = self.text_config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= maximum:
             raise CheckpointError(f"{self.path / 'config.json'} has no usable {key}: {value!r}")
         return value
-
-
-def _read_samples(info: TensorInfo) -> Iterable[bytes]:
-    last = max(0, info.size_bytes - _SAMPLE_BYTES)
-    with info.file.open("rb", buffering=0) as stream:
-        for start in (0, last // 2, last):
-            stream.seek(info.offset + start)
-            yield stream.read(min(_SAMPLE_BYTES, info.size_bytes - start))
-
-
-def _read_json(file: Path, maximum_bytes: int) -> Any:
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(maximum_bytes + 1)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint incomplete: {file} is missing") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    if len(content) > maximum_bytes:
-        raise CheckpointError(f"{file} is larger than {maximum_bytes} bytes")
-    return _parse_json(content, file)
-
-
-def _parse_json(content: bytes, file: Path) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint damaged: {file} is no valid JSON") from error
 
 
 def _weight_files(directory: Path) -> dict[Path, set[str]]:
@@ -260,7 +190,7 @@ def _weight_files(directory: Path) -> dict[Path, set[str]]:
                 f"{index_file.name}"
             )
         return {single_file: set()}
-    index = _read_json(index_file, _MAX_INDEX_BYTES)
+    index = read_json(index_file, _MAX_INDEX_BYTES)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"checkpoint damaged: {index_file} has no weight_map")
@@ -272,58 +202,55 @@ def _weight_files(directory: Path) -> dict[Path, set[str]]:
     return files
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensor table of one safetensors file, checked against the file's size."""
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest that lies in a fetched directory, or None. Raises CheckpointError."""
+    file = directory / MANIFEST_FILE
     try:
-        file_bytes = file.stat().st_size
         with file.open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):
-                raise CheckpointError(f"checkpoint incomplete: {file} is cut short or damaged")
-            content = stream.read(header_bytes)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint incomplete: {file} is missing") from error
+            return parse_manifest(stream.read(MAX_MANIFEST_BYTES + 1))
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    header = _parse_json(content, file)
-    if not isinstance(header, dict):
-        raise CheckpointError(f"checkpoint damaged: {file} has no valid header")
-    data_start = 8 + header_bytes
-    return {
-        name: _tensor_info(name, entry, file, data_start, file_bytes)
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    except ManifestError as error:
+        raise CheckpointError(f"{file} is no valid manifest: {error.detail}") from error
 
 
-def _tensor_info(
-    name: str, entry: object, file: Path, data_start: int, file_bytes: int
-) -> TensorInfo:
-    damaged = CheckpointError(f"checkpoint damaged: {file} describes {name} wrongly")
-    if not isinstance(entry, dict):
-        raise damaged
-    dtype = _SAFETENSORS_DTYPES.get(str(entry.get("dtype")))
-    shape: Any = entry.get("shape")
-    offsets: Any = entry.get("data_offsets")
-    if dtype is None:
-        raise CheckpointError(f"{file}: tensor {name} has an unknown dtype {entry.get('dtype')!r}")
-    if not _are_naturals(shape) or not _are_naturals(offsets) or len(offsets) != 2:
-        raise damaged
-    begin, end = offsets
-    size_bytes = prod(shape) * ITEM_BYTES[dtype]
-    if end - begin != size_bytes:
-        raise damaged
-    if data_start + end > file_bytes:
-        raise CheckpointError(
-            f"checkpoint incomplete: {file} is cut short ({file_bytes} bytes, {name} ends at "
-            f"{data_start + end})"
+def part_tensors(directory: Path, part: Part) -> list[TensorInfo]:
+    """Where the tensors of a fetched part lie, or will lie, in the file of the part."""
+    offset = len(header_for(part.tensors))
+    infos = []
+    for tensor in part.tensors:
+        size_bytes = tensor.size_bytes
+        infos.append(
+            TensorInfo(
+                tensor.name, directory / part.name, tensor.dtype, tensor.shape, offset, size_bytes
+            )
         )
-    return TensorInfo(name, file, dtype, tuple(shape), data_start + begin, size_bytes)
+        offset += size_bytes
+    return infos
 
 
-def _are_naturals(values: Any) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) <= 8
-        and all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 48 for v in values)
-    )
+def block_of_tensor(name: str) -> int | None:
+    """The block that a tensor belongs to by its full name; None for those of no block."""
+    match = _BLOCK_NAME.match(name)
+    return int(match[1]) if match else None
+
+
+def _by_block(tensors: Mapping[str, TensorInfo]) -> dict[int, dict[str, TensorInfo]]:
+    blocks: dict[int, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        match = _BLOCK_NAME.match(name)
+        if match:
+            blocks.setdefault(int(match[1]), {})[match[2]] = info
+    return blocks
+
+
+def _whole(checkpoint: Checkpoint) -> Checkpoint:
+    for block in range(checkpoint.number_of_blocks):
+        if block not in checkpoint.blocks:
+            raise CheckpointError(
+                f"checkpoint incomplete: {checkpoint.path} has no tensors for block {block} of "
+                f"{checkpoint.number_of_blocks}"
+            )
+    return checkpoint

@@ -11,6 +11,7 @@ from typing import Any
 
 from hivemind.p2p import P2P, P2PDaemonError
 
+from swarm.gate import Gate
 from swarm.protocol.errors import NetworkError
 
 STOP_TIMEOUT_S = 5.0
@@ -55,6 +56,8 @@ class NetworkSettings:
     relays: tuple[str, ...] = ()
     """Relays to ask first, as multiaddresses ending in ``/p2p/...``; by default those of
     ``initial_peers``."""
+    gate: Gate | None = None
+    """Whom we let in, in a swarm with a charter."""
     map_ports: bool = False
     """Ask the router (UPnP, NAT-PMP) to open the port."""
     start_timeout_s: float = 15.0

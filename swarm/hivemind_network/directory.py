@@ -18,13 +18,18 @@ from hivemind.proto import dht_pb2
 from hivemind.utils.serializer import MSGPackSerializer, SerializerBase
 from hivemind.utils.timed_storage import ValueWithExpiration
 
+from swarm.gate import Gate
 from swarm.hivemind_network.dht_clock import DHT_CLOCK
-from swarm.protocol.errors import RecordError
+from swarm.hivemind_network.introductions import introduce
+from swarm.protocol.errors import RecordError, SwarmError
 from swarm.protocol.identity import PeerId
+from swarm.protocol.membership_records import charter_key
 from swarm.record_validation import MAX_ENTRIES_PER_KEY, MAX_KEYS, RecordChecker
 
 logger = logging.getLogger(__name__)
 
+CHARTER_KEY = DHTID.generate(charter_key()).to_bytes()
+"""All that strangers may read."""
 MAX_KEYS_PER_REQUEST = 512
 """In one directory request of a peer."""
 
@@ -66,8 +71,9 @@ def _refuse_extension(code: int, data: bytes) -> object:
 class SignedRecords(RecordValidatorBase):  # type: ignore[misc]
     """Wires our record checks to hivemind: plain values and foreign subkeys never pass."""
 
-    def __init__(self, checker: RecordChecker) -> None:
+    def __init__(self, checker: RecordChecker, gate: Gate | None = None) -> None:
         self._checker = checker
+        self.gate = gate
 
     def validate(self, record: DHTRecord) -> bool:
         """Whether ``record`` may be kept; any bytes give an answer, never an exception."""
@@ -162,10 +168,39 @@ class SwarmDirectory(DHTProtocol):  # type: ignore[misc]
                     del dictionary[subkey]
             return bool(dictionary)
 
+    @property
+    def gate(self) -> Gate | None:
+        validator: SignedRecords | None = self.record_validator
+        return None if validator is None else validator.gate
+
+    async def _is_introduced(self, peer: PeerID) -> bool:
+        """Whether we and the peer know each other's passports, where the swarm asks for them."""
+        gate = self.gate
+        if gate is None or not gate.enforces:
+            return True
+        peer_id = PeerId(peer.to_base58())
+        shown = self.__dict__.setdefault("_shown", set())
+        if peer in shown and gate.admits(peer_id):
+            return True
+        try:
+            await introduce(self.p2p, peer_id, gate)
+        except SwarmError as error:
+            logger.info("%s and we do not let each other in: %s", peer_id, error)
+            return False
+        shown.add(peer)
+        return True
+
+    def _admits(self, context: P2PContext) -> bool:
+        gate = self.gate
+        return gate is None or gate.admits(PeerId(context.remote_id.to_base58()))
+
     async def call_find(self, peer: PeerID, keys: Iterable[DHTID]) -> dict[DHTID, Any] | None:
         """As hivemind's, but what the peer says of ages and of others' ids is not believed."""
+        if not await self._is_introduced(peer):
+            return None
         found = await super().call_find(peer, keys)
         if found is None:
+            self.__dict__.get("_shown", set()).discard(peer)  # it may have forgotten us
             return None
         checked = {}
         for key, (entry, nearest) in found.items():
@@ -189,6 +224,8 @@ class SwarmDirectory(DHTProtocol):  # type: ignore[misc]
     async def call_store(self, *arguments: Any, **keywords: Any) -> list[bool] | None:
         """A refusal counts as no answer: hivemind then asks further peers, and one of them that
         refuses does not make a failure of what others took."""
+        if not await self._is_introduced(arguments[0] if arguments else keywords["peer"]):
+            return None
         taken = await super().call_store(*arguments, **keywords)
         return list(taken) if taken and any(taken) else None
 
@@ -197,6 +234,8 @@ class SwarmDirectory(DHTProtocol):  # type: ignore[misc]
     ) -> dht_pb2.StoreResponse:
         """Key by key, so that our event loop never stops for more than one key's signatures."""
         _check_length(request.keys)
+        if not self._admits(context):
+            raise ValueError("a stranger")
         answer = dht_pb2.StoreResponse(peer=self.node_info)
         columns = zip(
             request.keys,
@@ -224,6 +263,8 @@ class SwarmDirectory(DHTProtocol):  # type: ignore[misc]
         self, request: dht_pb2.FindRequest, context: P2PContext
     ) -> dht_pb2.FindResponse:
         _check_length(request.keys)
+        if not self._admits(context) and list(request.keys) != [CHARTER_KEY]:
+            raise ValueError("a stranger")
         return await super().rpc_find(request, context)
 
 

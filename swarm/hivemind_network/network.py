@@ -24,6 +24,7 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from swarm.addresses import is_given_by_router, is_global, is_loopback, is_relayed
 from swarm.hivemind_network.daemon import NetworkSettings, cancel_all
 from swarm.hivemind_network.dht_clock import DHT_CLOCK, agreed_offset_s
+from swarm.hivemind_network.introductions import introduce
 from swarm.hivemind_network.listening import with_ports, with_quic, with_quic_of_others
 from swarm.hivemind_network.node import SwarmNode
 from swarm.hivemind_network.peer import LocalPeer
@@ -39,8 +40,9 @@ from swarm.hivemind_network.requests import (
 )
 from swarm.hivemind_network.streams import HivemindStream
 from swarm.ports import DirectoryEntry, StreamHandler
-from swarm.protocol.errors import NetworkError, PeerUnreachable
+from swarm.protocol.errors import NetworkError, PeerUnreachable, ProtocolError, RemoteError
 from swarm.protocol.identity import PeerId
+from swarm.protocol.records import with_passport
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +207,7 @@ class HivemindNetwork:
                 reader,
                 writer,
                 relayed=is_relayed(str(info.addr)),
+                gate=self._settings.gate,
             )
             task = asyncio.current_task()
             if task is None or self._closing:
@@ -249,7 +252,9 @@ class HivemindNetwork:
                 relayed = opened.connection.relayed
                 if relayed:
                     self._puncher.dialled(peer)
-                return HivemindStream(peer, opened.reader, opened.writer, relayed=relayed)
+                return HivemindStream(
+                    peer, opened.reader, opened.writer, relayed=relayed, gate=self._settings.gate
+                )
         except TimeoutError as error:
             raise PeerUnreachable(
                 f"{peer} did not answer within {self._settings.dial_timeout_s:g} s"
@@ -269,6 +274,9 @@ class HivemindNetwork:
 
     async def store(self, key: str, value: bytes, expires_unix_s: float) -> bool:
         await self._rejoin_when_alone()
+        gate = self._settings.gate
+        if gate is not None:
+            value = with_passport(value, gate.passport)
         return bool(await self._node.store(key, value, expires_unix_s, subkey=self._peer_id))
 
     async def get(
@@ -385,6 +393,14 @@ class HivemindNetwork:
     async def _meet(self, address: str) -> str | None:
         """Exchange directory ids; returns why it failed."""
         peer = parse_peer(PeerId(address.rpartition("/p2p/")[2]))
+        gate = self._settings.gate
+        try:
+            await introduce(self._p2p, PeerId(peer.to_base58()), gate)
+        except (RemoteError, ProtocolError) as error:
+            return f"{address}: {error}"
+        except NetworkError as error:
+            if gate is not None and gate.enforces:
+                return f"{address}: {error}"
         try:
             answer = await self._node.protocol.call_ping(peer, validate=True, strict=True)
         except ValidationError as error:

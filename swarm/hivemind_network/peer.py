@@ -13,6 +13,7 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from swarm.hivemind_network.daemon import NetworkSettings, cancel_all, start_daemon, stop_daemon
 from swarm.hivemind_network.dht_clock import DHT_CLOCK
 from swarm.hivemind_network.directory import SignedRecords, SwarmDirectory, directory_id
+from swarm.hivemind_network.introductions import answer_introductions
 from swarm.hivemind_network.node import SwarmNode
 from swarm.record_validation import RecordChecker
 
@@ -41,11 +42,12 @@ class LocalPeer:
         DHT_CLOCK.install()
         p2p = await start_daemon(identity_path, settings, behind_router=behind_router)
         try:
+            await answer_introductions(p2p, settings.gate)
             node = await SwarmNode.create(
                 p2p=p2p,
                 node_id=directory_id(p2p.peer_id),
                 client_mode=behind_router or not settings.serve_directory,
-                record_validator=SignedRecords(RecordChecker()),
+                record_validator=SignedRecords(RecordChecker(settings.gate), settings.gate),
                 wait_timeout=RPC_TIMEOUT_S,
                 # Announcements change every few seconds and carry load: only fresh ones are of use.
                 cache_locally=False,

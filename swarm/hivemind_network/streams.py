@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from swarm.gate import Gate
 from swarm.ports import Buffer
 from swarm.protocol.errors import NetworkError
 from swarm.protocol.identity import PeerId
@@ -24,7 +25,9 @@ class HivemindStream:
         writer: asyncio.StreamWriter,
         *,
         relayed: bool,
+        gate: Gate | None = None,
     ) -> None:
+        self.gate = gate
         self._remote_peer = remote_peer
         self._relayed = relayed
         self._reader = reader

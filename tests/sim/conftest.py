@@ -496,3 +496,13 @@ def toy_blocks() -> type[ToyBlocks]:
 @pytest.fixture
 def make_tensor() -> Callable[[Random, int, int], WireTensor]:
     return toy_tensor
+
+
+@pytest.fixture
+def toy_engine() -> type[ToyEngine]:
+    return ToyEngine
+
+
+@pytest.fixture
+def counted_observer() -> type[Counted]:
+    return Counted

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from swarm.client import cli
+from swarm.client import cli, joining
 from swarm.client.chat import Conversation
 from swarm.client.config import SamplingSettings
 from swarm.client.generate import (
@@ -305,9 +305,9 @@ def command(make_local: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., A
 
     @contextmanager
     def joined(model_name: str, settings: Any) -> Iterator[Any]:
-        yield cli._Swarm(swarm.model._background, swarm.client, model)
+        yield joining.Swarm(swarm.model._background, swarm.client, model)
 
-    monkeypatch.setattr(cli, "_joined", joined)
+    monkeypatch.setattr(cli, "joined", joined)
     monkeypatch.setenv("SWARM_PEERS", "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooWA")
 
     def run(*arguments: str, typed: str = "") -> Any:

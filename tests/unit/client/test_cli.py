@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from swarm.client import cli
+from swarm.client import cli, joining, model_commands
 from swarm.protocol.errors import (
     ErrorCode,
     NetworkError,
@@ -61,14 +61,14 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_without_peers() -> None:
     result = runner.invoke(cli.app, ["models"])
-    assert result.exit_code == cli.EXIT_USAGE
+    assert result.exit_code == joining.EXIT_USAGE
     assert "no peers to join through" in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_errors_as_json() -> None:
     result = runner.invoke(cli.app, ["generate", "model", "hello", "--json"])
-    assert result.exit_code == cli.EXIT_USAGE
+    assert result.exit_code == joining.EXIT_USAGE
     error = json.loads(result.stdout)
     assert error["kind"] == "ConfigError"
     assert not result.stderr
@@ -86,7 +86,7 @@ def test_errors_as_json() -> None:
     ],
 )
 def test_wrong_usage(arguments: list[str]) -> None:
-    assert runner.invoke(cli.app, arguments).exit_code == cli.EXIT_USAGE
+    assert runner.invoke(cli.app, arguments).exit_code == joining.EXIT_USAGE
 
 
 ERRORS = [
@@ -108,7 +108,7 @@ def test_exit_codes(
         raise error
         yield
 
-    monkeypatch.setattr(cli, "_connected", fail)
+    monkeypatch.setattr(model_commands, "connected", fail)
     result = runner.invoke(cli.app, ["models", "--peers", PEER])
     assert result.exit_code == code
     assert says in result.stderr

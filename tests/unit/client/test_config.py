@@ -50,7 +50,7 @@ def test_nodes_that_were_met_stand_in_for_missing_peers(tmp_path: Path) -> None:
     [
         ({}, "no peers to join through"),
         ({"peers": "192.0.2.7"}, "no peer address"),
-        ({"peers": [1]}, "list of addresses"),
+        ({"peers": [1]}, "list of texts"),
         ({"peers": PEER, "dtype": "int3"}, "choose one of"),
         ({"peers": PEER, "step_timeout_s": 0}, "step_timeout_s"),
         ({"peers": PEER, "step_timeout_s": "fast"}, "number of seconds"),

@@ -42,6 +42,8 @@ def values(spec: messages.Spec) -> st.SearchStrategy[Any]:
             return st.lists(values(item), max_size=min(maximum_length, 8)).map(tuple)
         case messages.TensorField():
             return tensors()
+        case messages.BlobField():
+            return st.binary(min_size=1, max_size=64)
 
 
 def messages_of(kind: type[Message]) -> st.SearchStrategy[Message]:

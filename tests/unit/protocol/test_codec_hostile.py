@@ -56,6 +56,15 @@ SAMPLES: list[Message] = [
     messages.AdapterStatus(0, 10, 20),
     messages.AdapterIndexPart((b"{", b"}" * 3)),
     messages.AdapterTensor(7, 1, TENSOR),
+    messages.GetManifest(bytes(32)),
+    messages.ManifestPiece(3, b"{}\n"),
+    messages.ManifestSignatures((PEER_ID,), (bytes(64),)),
+    messages.AskChunks(bytes(32)),
+    messages.ChunksHeld(bytes(4)),
+    messages.GetChunk(7),
+    messages.Chunk(7, b"abc"),
+    messages.RedeemInvitation(b"invitation"),
+    messages.PassportIssued(b"passport", b"charter"),
 ]
 TAGS = [sample.TAG for sample in SAMPLES]
 HOSTILE = settings(max_examples=2000, deadline=None, derandomize=True, database=None)
@@ -225,7 +234,7 @@ def is_allowed(spec: messages.Spec, value: Any) -> bool:
                 and len(value) <= maximum
                 and all(is_allowed(item, entry) for entry in value)
             )
-        case messages.TensorField():
+        case messages.TensorField() | messages.BlobField():
             return False
 
 

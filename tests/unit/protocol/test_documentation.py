@@ -26,6 +26,8 @@ def wire_type(spec: messages.Spec) -> str:
             return f"array, up to {maximum_length} of ({wire_type(item)})"
         case messages.TensorField():
             return "tensor"
+        case messages.BlobField(maximum_bytes):
+            return f"blob, 1 to {maximum_bytes} bytes"
 
 
 def table(kind: type[Any]) -> Iterator[str]:
@@ -53,9 +55,7 @@ def test_messages(kind: type[messages.Message]) -> None:
     assert numbered_rows(section) == list(table(kind))
 
 
-@pytest.mark.parametrize(
-    "kind", [records.NodeRecord, records.ModelIndexRecord, records.TombstoneRecord]
-)
+@pytest.mark.parametrize("kind", records.RECORD_TYPES, ids=lambda kind: kind.__name__)
 def test_records(kind: type[Any]) -> None:
     section = TEXT.split(f"### {kind.__name__}, kind")[1].split("\n#")[0]
     assert numbered_rows(section) == list(table(kind))

@@ -21,13 +21,7 @@ from swarm.protocol.tensors import DType, Encoding, WireTensor
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden.json").read_text())
 CLASSES: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (
-        *messages.MESSAGE_TYPES,
-        records.NodeRecord,
-        records.ModelIndexRecord,
-        records.TombstoneRecord,
-    )
+    kind.__name__: kind for kind in (*messages.MESSAGE_TYPES, *records.RECORD_TYPES)
 }
 PROTOCOL_CHANGE = "the bytes on the wire have changed: see the docstring of this file"
 

@@ -33,6 +33,10 @@ class RecordedStream:
         return PEER
 
     @property
+    def gate(self) -> None:
+        return None
+
+    @property
     def relayed(self) -> bool:
         return False
 

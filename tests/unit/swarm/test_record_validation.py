@@ -10,7 +10,7 @@ from swarm.protocol.errors import RecordError
 from swarm.protocol.identity import Identity, PeerId
 from swarm.protocol.records import (
     MAX_LIFETIME_S,
-    MAX_RECORD_BYTES,
+    MAX_VALUE_BYTES,
     NodeRecord,
     Record,
     expected_key,
@@ -114,7 +114,7 @@ def test_expiry_in_ten_years(check: Check, owner: Identity, record: NodeRecord) 
 
 def test_too_large(check: Check, record: NodeRecord) -> None:
     with pytest.raises(RecordError, match="large"):
-        check(bytes(MAX_RECORD_BYTES + 1), key=expected_key(record))
+        check(bytes(MAX_VALUE_BYTES + 1), key=expected_key(record))
 
 
 def test_an_older_record_does_not_come_back(

@@ -23,6 +23,7 @@ from swarm.client.gateway.shelf import ServedModel
 from swarm.client.generate import LocalModel
 from swarm.client.metrics import ClientMetrics
 from swarm.protocol.identity import Identity
+from swarm.protocol.policy import Policy
 from swarm.protocol.records import NodeRecord, NodeState
 from swarm.protocol.tensors import DType, WireTensor
 
@@ -103,6 +104,11 @@ class TinySwarm:
         self.client = client
         self.gate = gate
         self.records = [_record()]
+        self.policies: list[Policy] = []
+
+    def under(self, policy: Policy) -> TinySwarm:
+        self.policies.append(policy)
+        return self
 
     async def open_chain(self, request: Any, **options: Any) -> GatedChain:
         return GatedChain(await self.client.open_chain(request, **options), self.gate)
