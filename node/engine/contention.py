@@ -9,7 +9,7 @@ while they do. Alone on the machine it uses all.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 WINDOW_S = 0.25
@@ -79,20 +79,28 @@ class ContentionMeter:
             self._set_threads(after)
 
 
-def read_waited_s(tasks: Path = Path("/proc/self/task")) -> float | None:
-    """How long all threads of this process have waited for a core so far; None where unknown."""
-    schedule = read_schedule_s(tasks)
+def read_waited_s(threads: Collection[int], tasks: Path = Path("/proc/self/task")) -> float | None:
+    """How long these threads have waited for a core so far; None where unknown.
+
+    Only those that compute count. The event loop of a node also waits, for the cores on which the
+    other nodes of a chain compute, one after the other; giving threads up would help nobody.
+    """
+    schedule = read_schedule_s(tasks, threads)
     return None if schedule is None else schedule[1]
 
 
-def read_schedule_s(tasks: Path = Path("/proc/self/task")) -> tuple[float, float] | None:
-    """How long all threads of this process have run on a core, and waited for one, so far.
+def read_schedule_s(
+    tasks: Path = Path("/proc/self/task"), threads: Collection[int] | None = None
+) -> tuple[float, float] | None:
+    """How long threads of this process, by default all, have run on a core and waited for one.
 
     None where the kernel does not tell.
     """
     ran_ns = waited_ns = 0
     try:
         for thread in os.listdir(tasks):
+            if threads is not None and int(thread) not in threads:
+                continue
             try:
                 ran, waited = (tasks / thread / "schedstat").read_text().split()[:2]
             except FileNotFoundError:  # the thread ended meanwhile

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from swarm.node.engine.contention import read_waited_s
+
 NAME = b"swarm-device"
 _PR_SET_NAME = 15
 _ELEMENTS_PER_THREAD = 1 << 16
@@ -51,6 +53,10 @@ class DeviceThreads:
         else:
             for thread in self._team:
                 _allow(thread, set(self._cores))
+
+    def waited_s(self) -> float | None:
+        """How long the team has waited for cores so far; None where unknown."""
+        return read_waited_s(self._team)
 
 
 def _threads_named(name: bytes) -> set[int]:

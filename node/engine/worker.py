@@ -28,7 +28,7 @@ from swarm.node.engine.adapted_layers import Segment
 from swarm.node.engine.api import StepInput, StepOutput
 from swarm.node.engine.batching import SHORT_STEP_TOKENS, BatchLimits, WaitingStep, choose_batch
 from swarm.node.engine.cache import SpanCache
-from swarm.node.engine.contention import ContentionMeter, ThreadGovernor, read_waited_s
+from swarm.node.engine.contention import ContentionMeter, ThreadGovernor
 from swarm.node.engine.device_threads import DeviceThreads
 from swarm.node.engine.freed_memory import return_freed_memory
 from swarm.node.engine.ragged import RaggedBatch
@@ -200,7 +200,7 @@ class Worker:
         threads = self._threads or torch.get_num_threads()
         team = DeviceThreads()
         team.use(threads)
-        meter = ContentionMeter(ThreadGovernor(threads), team.use, read_waited_s)
+        meter = ContentionMeter(ThreadGovernor(threads), team.use, team.waited_s)
         while jobs := self._take():
             started_s = time.perf_counter()
             try:
