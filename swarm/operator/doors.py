@@ -87,7 +87,7 @@ async def errors_are_codes(request: web.Request, handler: Handler) -> web.Stream
     try:
         return await handler(request)
     except ProtocolError as error:
-        logger.info("%s %s refused: %s", request.method, request.path, error)
+        logger.debug("%s %s refused: %s", request.method, request.path, error)
         return error_response(error.code)
     except web.HTTPException:
         raise
