@@ -54,6 +54,12 @@ def status_page(
     probe_period: Annotated[
         float, typer.Option("--probe-period", metavar="SECONDS", help="Between two probes.")
     ] = 300.0,
+    operator: Annotated[
+        str,
+        typer.Option(
+            "--operator", metavar="URL", help="Rank donors by what this operator has settled."
+        ),
+    ] = "",
     public_url: Annotated[
         str, typer.Option("--public-url", metavar="URL", help="Where readers find the page.")
     ] = "",
@@ -118,7 +124,12 @@ def status_page(
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, leaving.set)
             await run_status_page(
-                settings, page, probed_models=probe or (), ready=ready, leaving=leaving
+                settings,
+                page,
+                operator_url=operator,
+                probed_models=probe or (),
+                ready=ready,
+                leaving=leaving,
             )
 
         asyncio.run(serve())

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING
 
 from swarm.client.app import SwarmClient
 from swarm.client.config import ClientSettings, SamplingSettings
-from swarm.protocol.errors import GenerationInterrupted, NetworkError, NoRouteError, SwarmError
+from swarm.ledger.operator_client import OperatorClient
+from swarm.protocol.errors import (
+    ErrorCode,
+    GenerationInterrupted,
+    NetworkError,
+    NoRouteError,
+    ProtocolError,
+    SwarmError,
+)
+from swarm.protocol.prices import UNITS_PER_CREDIT
 from swarm.status.plain_text import plain_text
 from swarm.status.probing import Problem
 from swarm.status.snapshot import Probe, ProbeHop
@@ -84,16 +93,35 @@ def _problem(error: SwarmError) -> Problem:
             return Problem.INTERRUPTED
 
 
+class OperatorLedger:
+    """``swarm.status.status_page.SettledWork`` from the totals that an operator publishes."""
+
+    def __init__(self, operator: OperatorClient) -> None:
+        self._operator = operator
+
+    async def credits(self) -> Mapping[str, float]:
+        """Of the nodes that earned most. Raises SwarmError."""
+        totals = await self._operator.totals()
+        leaders = totals.get("leaders", [])
+        try:
+            earned = {str(row["node"]): int(row["units"]) / UNITS_PER_CREDIT for row in leaders}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(ErrorCode.BAD_FIELD, "no leaders") from error
+        return {node: amount for node, amount in earned.items() if amount > 0}
+
+
 async def run_status_page(
     client_settings: ClientSettings,
     settings: StatusSettings,
     *,
+    operator_url: str = "",
     probed_models: Sequence[str],
     ready: Callable[[str], None],
     leaving: asyncio.Event,
 ) -> None:
     """Serve the page until ``leaving``; ``ready`` is called with its address.
 
+    ``operator_url``: whose books rank donors; empty: what nodes announce does.
     ``probed_models``: checkpoints whose embeddings and head are on this computer. Raises
     CheckpointError, ConfigError and NetworkError.
     """
@@ -103,12 +131,17 @@ async def run_status_page(
             revision, model = await asyncio.to_thread(_load, name, client_settings.dtype)
             stack.callback(model.close)
             models[revision] = model
+        ledger = None
+        if operator_url:
+            operator = await stack.enter_async_context(OperatorClient(operator_url))
+            ledger = OperatorLedger(operator)
         client = await stack.enter_async_context(await SwarmClient.connect(client_settings))
         page = StatusPage(
             settings,
             client.directory,
             client.clock,
             prober=CanaryProber(client, models) if models else None,
+            ledger=ledger,
         )
         stack.callback(page.close)
         ready(await stack.enter_async_context(served(page)))

@@ -24,6 +24,7 @@ class AnnouncedWork:
         self._device = ""
         self._meter = EnergyMeter((), declared_watts)
         self._earlier_j = 0.0
+        self._told_j = 0.0
 
     def computes_on(self, device: str) -> None:
         """The engine is on ``device``: find what measures it."""
@@ -37,7 +38,8 @@ class AnnouncedWork:
         totals = self._metrics.totals
         self._meter.update(time.monotonic(), totals.computed_s)
         energy_j = self._earlier_j + self._meter.total_j
-        self._metrics.energy(energy_j)
+        self._metrics.energy_used(energy_j - self._told_j)
+        self._told_j = energy_j
         return replace(
             record,
             decode_block_tokens=totals.decode_block_tokens - self._before.decode_block_tokens,

@@ -87,9 +87,9 @@ class NodeMetrics:
             "Time in which the device worked.",
             registry=registry,
         )
-        self._energy = Gauge(
-            "swarm_node_energy_joules",
-            "Energy of this node's work since its blocks were loaded; 0 when it cannot tell.",
+        self._energy = Counter(
+            "swarm_node_energy_joules_total",
+            "Energy of this node's work; 0 when it cannot tell.",
             registry=registry,
         )
         self._batch_size = Histogram(
@@ -200,9 +200,9 @@ class NodeMetrics:
         self._computed_seconds.inc(compute_s)
         self._add(computed_s=compute_s)
 
-    def energy(self, total_j: float) -> None:
-        """The node's work has taken so much."""
-        self._energy.set(total_j)
+    def energy_used(self, more_j: float) -> None:
+        """The node's work has taken so much more."""
+        self._energy.inc(more_j)
 
     def refused(self, code: ErrorCode) -> None:
         self._refused.labels(code.name.lower()).inc()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -36,6 +37,7 @@ REPOSITORY = Path(__file__).parents[1]
 COMPOSE_FILE = REPOSITORY / "docker-compose.yml"
 VARIABLE = re.compile(r"\$(?:\$|\{(\w+)(?::-([^}]*))?\})")
 START_DEADLINE_S = 180.0
+PORT_RANGE = (20_000, 32_000)
 PORTS = {
     "SWARM_SEED_PORT": 31330,
     "SWARM_NODE_1_PORT": 31331,
@@ -201,20 +203,24 @@ class LocalCompose:
         """A text of the file as it is meant on this computer."""
         text = text.replace("$$", "$").replace("0.0.0.0", "127.0.0.1")  # noqa: S104
         text = re.sub(r"/dns4/[\w-]+/", "/ip4/127.0.0.1/", text)
+        text = re.sub(r"http://[\w-]+:(?=\d)", "http://127.0.0.1:", text)
         for target, folder in self._mounted(service).items():
             text = re.sub(rf"(?<![\w./-]){re.escape(target)}(?![\w.-])", str(folder), text)
         return text
 
 
 def _free_ports() -> dict[str, int]:
-    """One for each of ``PORTS``; another process could take one before it is used."""
+    """One for each of ``PORTS``, below those that systems give to whoever asks for any."""
+    ports: dict[str, int] = {}
     with contextlib.ExitStack() as held:
-        ports = {}
         for name in PORTS:
-            listener = held.enter_context(socket.socket())
-            listener.bind(("127.0.0.1", 0))
-            ports[name] = listener.getsockname()[1]
-        return ports
+            while name not in ports:
+                listener = held.enter_context(socket.socket())
+                port = random.randrange(*PORT_RANGE)
+                with contextlib.suppress(OSError):
+                    listener.bind(("127.0.0.1", port))
+                    ports[name] = port
+    return ports
 
 
 def demo_model_home() -> Path | None:

@@ -32,7 +32,6 @@ from swarm.status.languages import LANGUAGES
 from swarm.status.status_page import StatusPage, StatusSettings, served
 from swarm.virtual_time import LoopClock
 
-WORK_PERIOD_S = 10.0
 START_DEADLINE_S = 180.0
 
 
@@ -46,9 +45,7 @@ async def serve(nodes: int, port: int, period_s: float, folder: Path) -> None:
         async with served(page) as url, asyncio.TaskGroup() as group:
             group.create_task(page.run())
             print(json.dumps({"event": "ready", "url": url}), flush=True)
-            while True:
-                await asyncio.sleep(WORK_PERIOD_S)
-                swarm.work(WORK_PERIOD_S)
+            await asyncio.Event().wait()
     finally:
         page.close()
 

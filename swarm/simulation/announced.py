@@ -116,21 +116,6 @@ class AnnouncedSwarm:
         for key in [key for key in self._signed if key[0] == peer]:
             del self._signed[key]
 
-    def work(self, seconds: float) -> None:
-        """Every node has computed for so long since its last announcement."""
-        for peer, (identity, record) in self._records.items():
-            tokens = int(seconds * record.decode_tokens_per_s / 10)
-            watts = 60 if record.energy_measured else 0
-            self._records[peer] = (
-                identity,
-                replace(
-                    record,
-                    decode_block_tokens=record.decode_block_tokens + tokens,
-                    prefill_block_tokens=record.prefill_block_tokens + 4 * tokens,
-                    energy_j=record.energy_j + int(watts * seconds),
-                ),
-            )
-
     async def store(self, key: str, value: bytes, expires_unix_s: float) -> bool:
         """Raises UsageError: who only reads announces nothing."""
         raise UsageError("this directory is read only")
@@ -160,6 +145,9 @@ class AnnouncedSwarm:
 
     def _sign(self, peer: PeerId, key: str, now_unix_s: float) -> DirectoryEntry:
         identity, node = self._records[peer]
+        before_unix_s, _ = self._signed.get((peer, key), (now_unix_s, None))
+        node = _after_work(node, now_unix_s - before_unix_s)
+        self._records[peer] = identity, node
         sequence = int(now_unix_s * 1000)
         expires_unix_s = int(now_unix_s + EXPIRY_PERIODS * self._period_s)
         record: Record = replace(
@@ -179,3 +167,15 @@ class AnnouncedSwarm:
         if expected_key(record) != key:
             raise AssertionError("a record under a wrong key")
         return DirectoryEntry(sign_record(identity, record), expires_unix_s)
+
+
+def _after_work(node: NodeRecord, seconds: float) -> NodeRecord:
+    """The node has computed for so long, at a tenth of its speed."""
+    tokens = int(seconds * node.decode_tokens_per_s / 10)
+    watts = 60 if node.energy_measured else 0
+    return replace(
+        node,
+        decode_block_tokens=node.decode_block_tokens + tokens,
+        prefill_block_tokens=node.prefill_block_tokens + 4 * tokens,
+        energy_j=node.energy_j + int(watts * seconds),
+    )

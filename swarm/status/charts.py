@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 
 from markupsafe import Markup, escape
 
@@ -36,9 +38,11 @@ class Axes:
     number: Callable[[float], str]
 
 
-def line_chart(points: Sequence[Point], axes: Axes, label: str) -> Markup:
-    """A chart with its summary ``label`` for those who do not see it."""
+def line_chart(points: Sequence[Point], axes: Axes, label: str, *, whole: bool = False) -> Markup:
+    """A chart with its summary ``label`` for those who do not see it; ``whole``: of counts."""
     top, step = nice_scale(max((value for _, value in points), default=0.0))
+    if whole and step < 1:
+        top, step = max(1.0, float(math.ceil(top))), 1.0
     span_s = axes.end_unix_s - axes.begin_unix_s
 
     def x(at: float) -> float:
@@ -62,7 +66,7 @@ def line_chart(points: Sequence[Point], axes: Axes, label: str) -> Markup:
             f'<text x="{x(at):.1f}" y="{HEIGHT - 5}" text-anchor="{anchor}">'
             f"{escape(axes.time(at))}</text>"
         )
-    for run in _runs(points, axes.bin_s * GAP_BINS):
+    for run in _runs(points, GAP_BINS * max(axes.bin_s, _usual_gap_s(points))):
         line = " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in run)
         base = y(0.0)
         area = f"{x(run[0][0]):.1f},{base:.1f} {line} {x(run[-1][0]):.1f},{base:.1f}"
@@ -116,6 +120,11 @@ def nice_scale(highest: float) -> tuple[float, float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999999)
     return math.ceil(highest / step * 0.999999) * step, step
+
+
+def _usual_gap_s(points: Sequence[Point]) -> float:
+    """Between neighbours: some things are looked at more rarely than once in a bin."""
+    return median([after[0] - before[0] for before, after in pairwise(points)] or [0.0])
 
 
 def _runs(points: Sequence[Point], longest_gap_s: float) -> list[list[Point]]:

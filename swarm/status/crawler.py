@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 
-from swarm.membership import ANNOUNCE_PERIOD_S, ModelSummary, announce_period_s, list_models
+from swarm.membership import (
+    ANNOUNCE_PERIOD_S,
+    ModelSummary,
+    RecordReader,
+    announce_period_s,
+    list_models,
+)
 from swarm.nodes_view import NodesView, ViewSettings
 from swarm.ports import Clock, Directory
 from swarm.protocol.errors import NetworkError
@@ -71,7 +78,7 @@ class Crawler:
         """Read the list of models; begin with new ones, let go of those that nobody lists."""
         try:
             async with asyncio.timeout(self._period_s):
-                models = (await list_models(self._directory, self._clock))[:MOST_MODELS]
+                models = await self._models()
         except (NetworkError, TimeoutError) as error:
             log.warning("cannot read the list of models: %s", error or "no answer in time")
             return
@@ -95,6 +102,16 @@ class Crawler:
                 task.cancel()
                 del self._followed[revision]
         await self._first_reads(fresh)
+
+    async def _models(self) -> list[ModelSummary]:
+        """Those that most peers list: nobody hides a model behind invented ones of a single key."""
+        models = await list_models(self._directory, self._clock)
+        if len(models) <= MOST_MODELS:
+            return models
+        index = await RecordReader(self._directory, self._clock).index()
+        listed = Counter(record.model_revision for record in index)
+        models.sort(key=lambda model: (-listed[model.model_revision], model.model_name))
+        return models[:MOST_MODELS]
 
     async def _first_reads(self, views: Sequence[NodesView]) -> None:
         try:

@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
 from swarm.protocol.errors import ConfigError
-from swarm.status.incidents import Finding
 from swarm.status.presence import Interval
+from swarm.status.rows import DAY_S, Declared, Look, NodeRow
 from swarm.status.snapshot import Incident, Probe, ProbeHop, Work
 from swarm.status.work import Counters
 
-DAY_S = 86_400
 BIN_S = 300
 """Samples of history are sums over so long."""
 KEPT_DAYS = 400
@@ -58,66 +57,6 @@ CREATE TABLE incident (
     opened_unix_s REAL, closed_unix_s REAL);
 CREATE INDEX incident_opened ON incident (opened_unix_s);
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Declared:
-    """What a node says of itself, as it is remembered and shown."""
-
-    name: str
-    organisation: str
-    country: str
-    model_name: str
-    number_of_blocks: int
-    first_block: int
-    end_block: int
-    precision: str
-    tokens_per_s: float
-    standing: str
-    adapters: tuple[str, ...]
-    software: str
-    energy_source: str
-
-
-@dataclass(frozen=True, slots=True)
-class NodeRow:
-    """One node of one model."""
-
-    peer_id: str
-    revision: str
-    registered_unix_s: float
-    seen_unix_s: float
-    declared: Declared
-    counters: Counters
-    work: Work
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """One model in one look, to be added to its bin."""
-
-    revision: str
-    nodes: int
-    least_replicas: int
-    work: Work
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """Everything to be written of one look."""
-
-    at_unix_s: float
-    watched: Interval | None = None
-    nodes: tuple[NodeRow, ...] = ()
-    presence: tuple[tuple[str, Interval], ...] = ()
-    work: tuple[tuple[str, str, Work], ...] = ()
-    """Peer, revision, and what was added."""
-    samples: tuple[SampleRow, ...] = ()
-    opened: tuple[Finding, ...] = ()
-    changed: tuple[tuple[Incident, Finding], ...] = ()
-    closed: tuple[Incident, ...] = ()
-    closed_at_once: tuple[Finding, ...] = ()
-    """Incidents of a moment."""
 
 
 class Database:

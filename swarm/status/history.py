@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from swarm.status.charts import Point
-from swarm.status.database import BIN_S, DAY_S, Database
+from swarm.status.database import BIN_S, Database
+from swarm.status.rows import DAY_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,9 +69,8 @@ class Language:
         for limit, message in reversed(self._units):
             if value >= limit:
                 shown = round(value / limit, 1)
-                return _of_form(message, self.locale.plural_form(shown)).format(
-                    value=self.number(shown, 1)
-                )
+                text = _of_form(message, self.locale.plural_form(shown))
+                return text.format(value=self.number(shown, int(shown % 1 > 0)))
         return self.number(value, 0 if value >= 100 or value == int(value) else 1)
 
     def percent(self, share: float | None) -> str:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 
-from swarm.block_vectors import block_vectors, placed_nodes
 from swarm.membership import ModelSummary, coverage
-from swarm.model_health import model_health
 from swarm.protocol.records import NodeRecord
 from swarm.status import incidents
-from swarm.status.block_map import PEERS_VARIABLE, weak_spans
+from swarm.status.assembly import declared, model_status, node_status, totals_of
+from swarm.status.block_map import PEERS_VARIABLE
 from swarm.status.carbon import GridFactors
-from swarm.status.database import DAY_S, KEPT_PRESENCE_S, Database, Declared, Look, NodeRow
-from swarm.status.database import SampleRow as Sample
+from swarm.status.database import KEPT_PRESENCE_S, Database
 from swarm.status.incidents import Finding
-from swarm.status.plain_text import plain_text
-from swarm.status.presence import extended, since, uptime
+from swarm.status.presence import extended, since
+from swarm.status.rows import DAY_S, Look, NodeRow
+from swarm.status.rows import SampleRow as Sample
 from swarm.status.snapshot import (
     Crawl,
     ModelStatus,
@@ -30,18 +28,14 @@ from swarm.status.snapshot import (
     Probe,
     Snapshot,
     Standing,
-    Totals,
     Work,
 )
 from swarm.status.work import Counters, work_between
 
-MONTH_DAYS = 30
 SHOWN_LOST_S = DAY_S
 CONTINUOUS_PERIODS = 3
 """Looks further apart leave a gap in what was watched."""
 FORGET_EACH_S = 3600.0
-MOST_SPEED = 1e6
-"""Tokens/s that a page shows as announced; more is a lie that would spoil the layout."""
 
 Key = tuple[str, str]
 """Peer and revision."""
@@ -66,6 +60,8 @@ class Observatory:
         self._known: dict[Key, NodeRow] = {
             (row.peer_id, row.revision): row for row in database.nodes()
         }
+        self._revisions_of: dict[str, set[str]] = {}
+        self._remember(self._known)
         self._presence = database.presence()
         self._watched = database.watched()
         self._days = database.work_by_day()
@@ -105,7 +101,7 @@ class Observatory:
             samples.append(self._sample(summary, records, work))
         vanished = self._vanished(rows) if previous is not None else 0
         self._here = frozenset(rows)
-        self._known |= rows
+        self._remember(rows)
         self._watch(rows, previous, now)
         self._count_days(added, now)
         models = [self._model(summary, records, now) for summary, records in crawl.models]
@@ -163,8 +159,9 @@ class Observatory:
 
     def donor(self, peer_id: str, now_unix_s: float) -> tuple[NodeStatus, ...]:
         """A peer's nodes, also those that are gone; empty when nobody has seen it."""
-        keys = sorted(key for key in self._known if key[0] == peer_id)
-        return tuple(self._node(self._known[key], now_unix_s) for key in keys)
+        revisions = self._revisions_of.get(peer_id, ())
+        rows = (self._known.get((peer_id, revision)) for revision in sorted(revisions))
+        return tuple(self._node(row, now_unix_s) for row in rows if row is not None)
 
     # --- parts of it -----------------------------------------------------------------------------
     def _seen(self, record: NodeRecord, now: float, previous: float | None) -> tuple[NodeRow, Work]:
@@ -200,6 +197,11 @@ class Observatory:
         serving = sum(record.takes_sessions for record in records)
         return Sample(summary.model_revision.hex(), serving, min(replicas, default=0), work)
 
+    def _remember(self, rows: dict[Key, NodeRow]) -> None:
+        self._known |= rows
+        for peer, revision in rows:
+            self._revisions_of.setdefault(peer, set()).add(revision)
+
     def _vanished(self, rows: dict[Key, NodeRow]) -> int:
         """Nodes that were serving at the last look and went without a word."""
         gone = self._here - rows.keys()
@@ -224,6 +226,8 @@ class Observatory:
         self._presence = {peer: intervals for peer, intervals in kept if intervals}
         if len(self._known) > len(self._here):
             self._known = {(row.peer_id, row.revision): row for row in self._database.nodes()}
+            self._revisions_of.clear()
+            self._remember(self._known)
 
     # --- the snapshot ----------------------------------------------------------------------------
     def _publish(self, crawl: Crawl, models: list[ModelStatus]) -> Snapshot:
@@ -246,138 +250,44 @@ class Observatory:
             heard_unix_s=crawl.heard_unix_s,
             period_s=self._period_s,
             stale_after_s=crawl.stale_after_s,
-            totals=self._totals(here, models, now),
+            totals=totals_of(
+                here,
+                models,
+                self._days,
+                registered=len(self._revisions_of),
+                now_unix_s=now,
+            ),
             models=tuple(models),
-            nodes=(*here, *lost),
+            # In the thread that nobody waits for: readers get them in this order.
+            nodes=tuple(
+                sorted(
+                    (*here, *lost),
+                    key=lambda node: (node.model_name, node.first_block, node.end_block),
+                )
+            ),
             incidents=self._database.incidents(),
             of_peer=of_peer,
         )
         return self.snapshot
 
     def _node(self, row: NodeRow, now: float) -> NodeStatus:
-        known = row.declared
-        here = (row.peer_id, row.revision) in self._here
-        registered = row.registered_unix_s
-
-        def up(window_s: float) -> float | None:
-            return uptime(
-                self._presence.get(row.peer_id, ()),
-                self._watched,
-                window_s=window_s,
-                registered_unix_s=registered,
-                now_unix_s=now,
-            )
-
-        return NodeStatus(
-            peer_id=row.peer_id,
-            name=known.name,
-            organisation=known.organisation,
-            country=known.country,
-            model_name=known.model_name,
-            revision=row.revision,
-            number_of_blocks=known.number_of_blocks,
-            first_block=known.first_block,
-            end_block=known.end_block,
-            precision=known.precision,
-            tokens_per_s=known.tokens_per_s,
-            standing=Standing(known.standing) if here else Standing.LOST,
-            adapters=known.adapters,
-            software=known.software,
-            registered_unix_s=registered,
-            seen_unix_s=row.seen_unix_s,
-            uptime_24h=up(DAY_S),
-            uptime_30d=up(MONTH_DAYS * DAY_S),
-            energy_source=known.energy_source,
-            work=row.work,
+        return node_status(
+            row,
+            self._presence.get(row.peer_id, ()),
+            self._watched,
+            here=(row.peer_id, row.revision) in self._here,
+            now_unix_s=now,
         )
 
     def _model(
         self, summary: ModelSummary, records: Sequence[NodeRecord], now: float
     ) -> ModelStatus:
         revision = summary.model_revision.hex()
-        blocks = summary.number_of_blocks
-        name = plain_text(summary.model_name, 128)
-        fitting = [record for record in records if record.number_of_blocks == blocks]
-        serving = [record for record in fitting if record.takes_sessions]
-        replicas = coverage(fitting, blocks)
-        vectors = block_vectors(placed_nodes(fitting, now_unix_s=now), blocks)
-        health = model_health(name, vectors)
-        fastest = [0] * blocks
-        together = [0.0] * blocks
-        for record in serving:
-            span = record.end_block - record.first_block
-            for block in range(record.first_block, record.end_block):
-                fastest[block] = max(fastest[block], record.decode_tokens_per_s)
-                together[block] += record.batched_tokens_per_s / span
-        whole = all(fastest)
-        return ModelStatus(
-            name=name,
-            revision=revision,
-            number_of_blocks=blocks,
-            replicas=tuple(replicas),
-            nodes_serving=len(serving),
-            verdict=health.verdict.name.lower(),
-            copies=health.copies,
-            weak_spans=weak_spans(summary.model_name, replicas, peers=self._peers),
-            announced_tokens_per_s=(
-                min(MOST_SPEED, 1 / sum(1 / speed for speed in fastest)) if whole else 0.0
-            ),
-            announced_batch_tokens_per_s=min(MOST_SPEED, min(together, default=0.0)),
-            adapters=tuple(
-                sorted({plain_text(name) for record in serving for name in record.adapters})
-            ),
+        return model_status(
+            summary,
+            records,
             work_today=self._days.get((int(now) // DAY_S, revision), Work()),
             probe=self._probes.get(revision),
+            peers=self._peers,
+            now_unix_s=now,
         )
-
-    def _totals(
-        self, here: Sequence[NodeStatus], models: Sequence[ModelStatus], now: float
-    ) -> Totals:
-        online = [node for node in here if node.standing.serves]
-        today, month, ever = Work(), Work(), Work()
-        this_day = int(now) // DAY_S
-        this_month = datetime.fromtimestamp(now, UTC).replace(day=1)
-        first_day = int(this_month.timestamp()) // DAY_S
-        for (day, _), work in self._days.items():
-            ever += work
-            if day >= first_day:
-                month += work
-            if day == this_day:
-                today += work
-        return Totals(
-            volunteers_registered=len({peer for peer, _ in self._known}),
-            volunteers_online=len({node.peer_id for node in online}),
-            organisations=len({node.organisation for node in online if node.organisation}),
-            countries=len({node.country for node in online if node.country}),
-            models=len(models),
-            models_whole=sum(model.is_whole for model in models),
-            adapters=len({name for model in models for name in model.adapters}),
-            nodes_with_energy=sum(bool(node.energy_source) for node in online),
-            today=today,
-            month=month,
-            ever=ever,
-        )
-
-
-def declared(record: NodeRecord) -> Declared:
-    """What a record says that may be shown, made plain."""
-    span = record.end_block - record.first_block
-    dtype = record.dtype.name.lower()
-    energy_source = ""
-    if record.energy_j:
-        energy_source = "measured" if record.energy_measured else "declared"
-    return Declared(
-        name=plain_text(record.display_name),
-        organisation=plain_text(record.organisation),
-        country=record.country,
-        model_name=plain_text(record.model_name, 128),
-        number_of_blocks=record.number_of_blocks,
-        first_block=record.first_block,
-        end_block=record.end_block,
-        precision=plain_text(record.quantisation, 24) or dtype,
-        tokens_per_s=min(MOST_SPEED, record.decode_tokens_per_s / span),
-        standing=record.state.name.lower(),
-        adapters=tuple(plain_text(name) for name in record.adapters),
-        software=plain_text(record.software, 32),
-        energy_source=energy_source,
-    )

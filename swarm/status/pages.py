@@ -15,11 +15,11 @@ from swarm.status.badges import donor_badge
 from swarm.status.block_map import BlockCell, block_cells
 from swarm.status.carbon import GridFactors
 from swarm.status.charts import Axes, Point, bar_chart, line_chart
-from swarm.status.database import DAY_S
 from swarm.status.history import DAY, History
 from swarm.status.languages import LANGUAGES, NEVER, Language, read_languages
 from swarm.status.leaderboard import leaderboard
 from swarm.status.queries import NodeQuery, find_nodes
+from swarm.status.rows import DAY_S
 from swarm.status.snapshot import Incident, ModelStatus, NodeStatus, Probe, Snapshot, Work
 
 STATIC_FILES = {
@@ -28,6 +28,8 @@ STATIC_FILES = {
     "mark.svg": "image/svg+xml",
 }
 CURVES = ("nodes", "tokens", "least", "first_token", "probed_speed")
+COUNTED = frozenset({"nodes", "least"})
+"""Curves of whole things."""
 MOST_MODEL_NODES = 20
 SHOWN_DAYS = 30
 
@@ -85,7 +87,6 @@ class Pages:
         language = self.languages[code]
         day, month = (self._charts(history, language) for history in histories)
         own = [node for node in snapshot.nodes if node.revision == model.revision]
-        own.sort(key=lambda node: (node.first_block, node.end_block))
         return self._render(
             "model.html",
             snapshot,
@@ -212,9 +213,12 @@ class Pages:
     def incident_text(self, incident: Incident, language: Language) -> str:
         """An incident in one sentence."""
         detail = incident.detail
-        if incident.kind == "probe_failing":
+        kind = incident.kind
+        if kind == "probe_failing":
             detail = language.text(f"problem.{detail}")
-        return language.text(f"incident.{incident.kind}", model=incident.model_name, detail=detail)
+        elif kind == "blocks_missing" and detail.isdigit():
+            kind = "block_missing"
+        return language.text(f"incident.{kind}", model=incident.model_name, detail=detail)
 
     # --- parts -----------------------------------------------------------------------------------
     def _render(
@@ -268,12 +272,17 @@ class Pages:
             if points is None and name not in ("nodes", "tokens"):
                 continue
             title = language.text(f"history.{name}")
-            charts.append(Chart(title, _picture(points, axes, title, span, language)))
+            charts.append(Chart(title, _picture(name, points, axes, title, span, language)))
         return charts
 
 
 def _picture(
-    points: tuple[Point, ...] | None, axes: Axes, title: str, span: str, language: Language
+    name: str,
+    points: tuple[Point, ...] | None,
+    axes: Axes,
+    title: str,
+    span: str,
+    language: Language,
 ) -> Markup | None:
     if not points:
         return None
@@ -286,4 +295,4 @@ def _picture(
         low=language.amount(min(values)),
         high=language.amount(max(values)),
     )
-    return line_chart(points, axes, summary)
+    return line_chart(points, axes, summary, whole=name in COUNTED)

@@ -79,10 +79,6 @@ def find_nodes(snapshot: Snapshot, query: NodeQuery, country_names: Mapping[str,
             found = sorted(found, key=lambda node: -node.tokens_per_s)
         case "uptime":
             found = sorted(found, key=lambda node: -(node.uptime_30d or 0.0))
-        case _:
-            found = sorted(
-                found, key=lambda node: (node.model_name, node.first_block, node.end_block)
-            )
     pages = max(1, -(-len(found) // NODES_PER_PAGE))
     query = replace(query, page=min(query.page, pages))
     first = (query.page - 1) * NODES_PER_PAGE

@@ -209,7 +209,7 @@ class Snapshot:
     totals: Totals = Totals()
     models: tuple[ModelStatus, ...] = ()
     nodes: tuple[NodeStatus, ...] = ()
-    """Serving ones and others, then the lost ones."""
+    """In the order of models and their blocks."""
     incidents: tuple[Incident, ...] = ()
     """Latest first."""
     of_peer: dict[str, tuple[NodeStatus, ...]] = field(default_factory=dict)

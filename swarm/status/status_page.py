@@ -24,7 +24,7 @@ from swarm.protocol.errors import ConfigError, SwarmError
 from swarm.status.block_map import PEERS_VARIABLE
 from swarm.status.carbon import GridFactors
 from swarm.status.crawler import Crawler
-from swarm.status.database import Database
+from swarm.status.database import BIN_S, Database
 from swarm.status.history import History, Range, read_history
 from swarm.status.live import LiveUpdates
 from swarm.status.metrics import StatusMetrics
@@ -68,8 +68,8 @@ class StatusSettings:
     """Addresses for the join lines, if they shall be published; otherwise a variable's name."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.period_s <= 3600 or not 1 <= self.probe_period_s <= 86400:
-            raise ConfigError("the page looks every 1 to 3600 s and probes every 1 to 86400 s")
+        if not 1 <= self.period_s <= BIN_S or not 1 <= self.probe_period_s <= 86400:
+            raise ConfigError(f"the page looks every 1 to {BIN_S} s and probes every 1 to 86400 s")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port {self.port} is no TCP port")
         if self.public_url and not self.public_url.startswith(("https://", "http://")):

@@ -6,13 +6,13 @@ from functools import partial
 
 from aiohttp import web
 
-from swarm.status.database import DAY_S
 from swarm.status.feed import incident_feed
 from swarm.status.history import DAY, MONTH
 from swarm.status.languages import LANGUAGES, negotiated
 from swarm.status.pages import SHOWN_DAYS
 from swarm.status.queries import NodeQuery
 from swarm.status.rendered import Rendered
+from swarm.status.rows import DAY_S
 from swarm.status.snapshot import Snapshot
 from swarm.status.web_answers import FOR_ALL_SITES, Answers, NotFound
 

@@ -230,7 +230,7 @@ async def test_other_methods_are_refused(tmp_path: Path) -> None:
 async def test_an_unchanged_page_is_not_sent_again_and_a_page_is_compressed(
     tmp_path: Path,
 ) -> None:
-    async with running_site(AnnouncedSwarm.of(3, LoopClock()), tmp_path, period_s=600) as site:
+    async with running_site(AnnouncedSwarm.of(3, LoopClock()), tmp_path, period_s=300) as site:
         async with site.reader.get(site.url + "/en/about") as answer:
             assert answer.headers["Content-Encoding"] == "gzip"
             tag = answer.headers["ETag"]
@@ -300,10 +300,10 @@ class LaterClock(LoopClock):
 async def test_old_figures_carry_a_banner(tmp_path: Path) -> None:
     clock = LaterClock()
     swarm = AnnouncedSwarm.of(4, LoopClock())
-    async with running_site(swarm, tmp_path, clock=clock, period_s=600.0) as site:
+    async with running_site(swarm, tmp_path, clock=clock, period_s=300.0) as site:
         assert "banner" not in (await site.get("/en/"))[1]
         assert '"stale": false' in (await site.get("/api/v1/status"))[1]
-        clock.later_s = 3 * 600.0
+        clock.later_s = 3 * 300.0
         assert "These figures are old. Nothing was heard" in (await site.get("/en/"))[1]
         assert "Ces chiffres sont anciens" in (await site.get("/fr/nodes"))[1]
         assert '"stale": true' in (await site.get("/api/v1/status"))[1]

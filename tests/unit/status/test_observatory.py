@@ -179,3 +179,17 @@ def test_a_file_of_the_future_is_left_alone(watched: Watched) -> None:
     database.close()
     with pytest.raises(ConfigError, match="newer version"):
         Database(path)
+
+
+def test_a_donor_that_is_long_gone_still_has_a_page(watched: Watched) -> None:
+    watched.add(0, 30)
+    gone = watched.add(0, 30, display_name="gone")
+    watched.look()
+    watched.records.pop()
+    watched.restart()
+    snapshot = watched.look(after_s=3 * 86_400)
+    assert gone.peer_id not in snapshot.of_peer
+    (node,) = watched.observatory.donor(gone.peer_id, watched.now_unix_s)
+    assert (node.name, node.standing) == ("gone", Standing.LOST)
+    assert watched.observatory.donor("nobody", watched.now_unix_s) == ()
+    assert snapshot.totals.volunteers_registered == 2

@@ -204,6 +204,16 @@ def test_a_gap_in_time_is_a_gap_in_the_line() -> None:
     assert "&lt;label&gt;" in line_chart(points, axes, "<label>")
 
 
+def test_counts_have_whole_steps_and_rare_looks_are_joined() -> None:
+    axes = Axes(0.0, 40_000.0, 300.0, 2, str, lambda value: f"[{value}]")
+    hourly = [(hour * 3600.0, 1.0) for hour in range(10)]
+    chart = line_chart(hourly, axes, "replicas", whole=True)
+    assert "[0.0]" in chart
+    assert "[1.0]" in chart
+    assert "[0.5]" not in chart
+    assert chart.count("<polyline") == 1
+
+
 # --- languages -----------------------------------------------------------------------------------
 def test_every_language_has_every_message_with_the_same_placeholders() -> None:
     languages = read_languages()
@@ -227,7 +237,7 @@ def test_numbers_follow_the_language() -> None:
     languages = read_languages()
     assert languages["en"].amount(3_400_000) == "3.4 million"
     assert languages["fr"].amount(3_400_000) == "3,4 millions"
-    assert languages["hi"].amount(3_400_000) == "34.0 लाख"
+    assert languages["hi"].amount(3_400_000) == "34 लाख"
     assert languages["sw"].amount(3_400_000) == "milioni 3.4"
     assert languages["en"].percent(0.99999) == "99.9%"
     assert languages["fr"].percent(1.0) == "100\xa0%"

@@ -1,0 +1,72 @@
+"""What one look at the swarm leaves behind, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from swarm.status.incidents import Finding
+from swarm.status.presence import Interval
+from swarm.status.snapshot import Incident, Work
+from swarm.status.work import Counters
+
+DAY_S = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What a node says of itself, as it is remembered and shown."""
+
+    name: str
+    organisation: str
+    country: str
+    model_name: str
+    number_of_blocks: int
+    first_block: int
+    end_block: int
+    precision: str
+    tokens_per_s: float
+    standing: str
+    adapters: tuple[str, ...]
+    software: str
+    energy_source: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRow:
+    """One node of one model."""
+
+    peer_id: str
+    revision: str
+    registered_unix_s: float
+    seen_unix_s: float
+    declared: Declared
+    counters: Counters
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One model in one look, to be added to its bin."""
+
+    revision: str
+    nodes: int
+    least_replicas: int
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Everything to be written of one look."""
+
+    at_unix_s: float
+    watched: Interval | None = None
+    nodes: tuple[NodeRow, ...] = ()
+    presence: tuple[tuple[str, Interval], ...] = ()
+    work: tuple[tuple[str, str, Work], ...] = ()
+    """Peer, revision, and what was added."""
+    samples: tuple[SampleRow, ...] = ()
+    opened: tuple[Finding, ...] = ()
+    changed: tuple[tuple[Incident, Finding], ...] = ()
+    closed: tuple[Incident, ...] = ()
+    closed_at_once: tuple[Finding, ...] = ()
+    """Incidents of a moment."""
