@@ -23,6 +23,7 @@ from swarm.catalogue.library import Library
 from swarm.client.adapter_push import push_timeout_s
 from swarm.client.chain import Chain, ChainObserver, ChainTimeouts
 from swarm.client.config import ClientSettings
+from swarm.client.finetune.chain import TrainingChain, TrainingChainRequest, TrainingTimeouts
 from swarm.client.hops import SessionRequest
 from swarm.client.known_nodes import KnownNodes
 from swarm.client.router import OLDEST_VIEW_S, READ_AGAIN_S, Router
@@ -246,21 +247,16 @@ class SwarmClient:
             request = replace(request, policy=self._policy)
         if request.policy is not None:
             self._check_policy(request.policy)
-        router = Router(
-            self._network,
-            await self._known_nodes(request.model_revision, model_name),
-            Needs(
-                request.model_revision,
-                number_of_blocks,
-                tokens=request.rows * request.maximum_tokens,
-                dtype=dtype,
-                preferred_adapter=request.adapter_id,
-                policy=request.policy,
-                passport_of=self._passport_of,
-            ),
-            clock=self._clock,
-            dice=self._random,
+        needs = Needs(
+            request.model_revision,
+            number_of_blocks,
+            tokens=request.rows * request.maximum_tokens,
+            dtype=dtype,
+            preferred_adapter=request.adapter_id,
+            policy=request.policy,
+            passport_of=self._passport_of,
         )
+        router = await self._router(needs, model_name)
         chain = Chain(
             self._network,
             router,
@@ -285,6 +281,49 @@ class SwarmClient:
             return self._timeouts
         open_s = self._timeouts.open_s + push_timeout_s(request.adapter)
         return replace(self._timeouts, open_s=open_s)
+
+    async def open_training(
+        self,
+        request: TrainingChainRequest,
+        *,
+        dtype: DType | None = None,
+        model_name: str = "this model",
+        timeouts: TrainingTimeouts | None = None,
+    ) -> TrainingChain:
+        """Choose hops and open a training session on them; raises as ``open_chain`` does."""
+        if self._policy is not None:
+            self._check_policy(self._policy)
+        needs = Needs(
+            request.model_revision,
+            request.number_of_blocks,
+            dtype=dtype,
+            policy=self._policy,
+            passport_of=self._passport_of,
+        )
+        chain = TrainingChain(
+            self._network,
+            await self._router(needs, model_name),
+            request,
+            clock=self._clock,
+            timeouts=timeouts,
+            only_for=None if self._policy is None else self._policy.check,
+        )
+        self._own(chain.run())
+        try:
+            await chain.opened()
+        except BaseException:
+            await chain.close()
+            raise
+        return chain
+
+    async def _router(self, needs: Needs, model_name: str) -> Router:
+        return Router(
+            self._network,
+            await self._known_nodes(needs.model_revision, model_name),
+            needs,
+            clock=self._clock,
+            dice=self._random,
+        )
 
     async def _known_nodes(self, model_revision: bytes, model_name: str) -> KnownNodes:
         """What this client knows of a model, kept young as long as it opens sessions.

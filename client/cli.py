@@ -15,6 +15,7 @@ import typer
 
 from swarm.client.authority_commands import authority
 from swarm.client.config import SamplingSettings
+from swarm.client.finetune.commands import finetune
 from swarm.client.gateway.commands import app as gateway_app
 from swarm.client.joining import (
     Config,
@@ -215,6 +216,13 @@ def chat(
                 _talk(swarm, conversation, sampling, as_json)
             finally:
                 swarm.background.run(conversation.close())
+
+
+app.command(
+    epilog="[bold]Examples[/bold]\n\n"
+    "swarm finetune ./checkpoint --peers ... --data swahili.jsonl --out ./adapter-sw\n\n"
+    "swarm finetune ./checkpoint --data pairs.jsonl --out ./adapter --loss dpo --resume"
+)(finetune)
 
 
 def main() -> None:

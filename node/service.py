@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,9 @@ from swarm.journal import DEFAULT_BUDGET_BYTES, JournalBudget
 from swarm.local_stream import stream_to_ourselves
 from swarm.node.adapter_intake import AdapterIntake
 from swarm.node.engine.api import CacheRequest, Engine
+from swarm.node.engine.training_api import TrainingEngine
 from swarm.node.hop import Hop, HopLimits, HopObserver
+from swarm.node.training_service import Streams, TrainingLimits, TrainingService
 from swarm.ports import Clock, Stream, Transport
 from swarm.protocol.errors import (
     DecodeError,
@@ -48,6 +50,7 @@ from swarm.protocol.messages import (
     LoadReport,
     Message,
     OpenSession,
+    OpenTraining,
     Ping,
     Pong,
     PreviousSet,
@@ -71,6 +74,16 @@ log = logging.getLogger(__name__)
 LEAVE_RELAYS_PERIOD_S = 2.0
 
 _ROUTING = SetRoute | SetPrevious
+
+
+class StreamOwner(Protocol):
+    """A session that owns what runs for it."""
+
+    @property
+    def policy(self) -> Policy | None:
+        """What the session's client demands of peers that it did not choose by hand."""
+
+    def start(self, work: Coroutine[None, None, None]) -> None: ...
 
 
 class Resolver(Protocol):
@@ -141,6 +154,16 @@ class NodeService:
         self._limits = limits or ServiceLimits()
         self.journals = JournalBudget(self._limits.journal_bytes)
         self._adapter_intake = AdapterIntake(clock)
+        self._training = TrainingService(
+            Streams(self._receive, self._dial, self._refused),
+            clock=clock,
+            limits=TrainingLimits(
+                errors_per_stream=self._limits.errors_per_stream,
+                attach_timeout_s=self._limits.attach_timeout_s,
+                idle_s=self._limits.session_idle_s,
+            ),
+            changed=self._sessions_changed,
+        )
         self._hops: dict[bytes, Hop] = {}
         self._sessions_of: Counter[PeerId] = Counter()
         self._streams_of: Counter[PeerId] = Counter()
@@ -154,8 +177,8 @@ class NodeService:
 
     @property
     def sessions(self) -> int:
-        """Sessions open now."""
-        return len(self._hops)
+        """Sessions open now, of both kinds."""
+        return len(self._hops) + self._training.sessions
 
     @property
     def hops(self) -> Collection[Hop]:
@@ -180,6 +203,7 @@ class NodeService:
         self._drain_ends_s = self._clock.monotonic_s() + wait_s
         for hop in self._hops.values():
             self._tell_draining(hop)
+        self._training.tell_draining(wait_s)
 
     def serve(self, engine: Engine) -> None:
         """Serve the blocks of another engine from now on, and accept sessions (again).
@@ -193,6 +217,7 @@ class NodeService:
         """End what did not move away, and wait until it is freed."""
         for hop in tuple(self._hops.values()):
             await hop.end_for_leaving()
+        await self._training.end_sessions()
         await self.emptied()
 
     def _tell_draining(self, hop: Hop) -> None:
@@ -269,6 +294,10 @@ class NodeService:
         match first:
             case OpenSession():
                 await self._serve_client(connection, first)
+            case OpenTraining():
+                await self._serve_training(connection, first)
+            case Attach() if self._training.has(first.session_id):
+                await self._training.serve_previous_hop(connection, first)
             case Attach():
                 await self._serve_previous_hop(connection, first)
             case TakeOver():
@@ -332,7 +361,7 @@ class NodeService:
         hop = self._open(connection, request)
         peer = connection.peer
         self._hops[hop.session_id] = hop
-        self._no_sessions.clear()
+        self._sessions_changed()
         self._sessions_of[peer] += 1
         self._observer.session_opened()
         try:
@@ -354,8 +383,7 @@ class NodeService:
                 await self._read_control(connection, hop)
         finally:
             del self._hops[hop.session_id]
-            if not self._hops:
-                self._no_sessions.set()
+            self._sessions_changed()
             self._sessions_of[peer] -= 1
             if not self._sessions_of[peer]:
                 del self._sessions_of[peer]
@@ -487,7 +515,7 @@ class NodeService:
             raise ProtocolError(ErrorCode.NEXT_HOP_LOST) from None
         return next_hop
 
-    async def _dial(self, hop: Hop, peer: PeerId, first: Attach | TakeOver) -> Connection:
+    async def _dial(self, hop: StreamOwner, peer: PeerId, first: Attach | TakeOver) -> Connection:
         """A stream to a host of the same model, ``first`` sent on it. Raises SwarmErrors."""
         try:
             async with asyncio.timeout(self._limits.attach_timeout_s):
@@ -502,13 +530,13 @@ class NodeService:
             raise NetworkError(f"{peer} does not answer") from None
         return connection
 
-    def _check_for(self, hop: Hop, peer: PeerId) -> PassportCheck | None:
+    def _check_for(self, hop: StreamOwner, peer: PeerId) -> PassportCheck | None:
         """What a peer must pass before it sees anything of a session; None: nothing."""
         if hop.policy is None or peer == self._transport.peer_id:
             return None
         return hop.policy.check
 
-    async def _stream_to(self, hop: Hop, peer: PeerId) -> Stream:
+    async def _stream_to(self, hop: StreamOwner, peer: PeerId) -> Stream:
         """A stream to a host of our model, which may be this node itself."""
         if peer == self._transport.peer_id:
             stream, other_end = stream_to_ourselves(peer)
@@ -586,7 +614,26 @@ class NodeService:
         if check is not None:
             check(connection.peer, connection.passport)
 
+    # --- training
+    async def _serve_training(self, connection: Connection, request: OpenTraining) -> None:
+        engine = self._engine
+        if request.model_revision != self._model_revision:
+            raise ProtocolError(ErrorCode.UNKNOWN_MODEL)
+        if not self._hosts(request.first_block, request.end_block):
+            raise ProtocolError(ErrorCode.BLOCKS_NOT_HOSTED)
+        if not self._accepting:
+            raise ProtocolError(ErrorCode.DRAINING)
+        if not isinstance(engine, TrainingEngine):
+            raise ProtocolError(ErrorCode.TRAINING_NOT_OFFERED)
+        await self._training.serve_client(connection, request, engine, engine.hidden_size)
+
     # --- bookkeeping
+    def _sessions_changed(self) -> None:
+        if self.sessions:
+            self._no_sessions.clear()
+        else:
+            self._no_sessions.set()
+
     def _refused(self, peer: PeerId, error: ProtocolError) -> None:
         log.info("refused %s: %s", peer, error)
         self._observer.refused(error.code)

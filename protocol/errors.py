@@ -61,6 +61,10 @@ class ErrorCode(IntEnum):
     ADAPTER_MISSING = 35
     ADAPTER_REFUSED = 36
     ADAPTER_NO_ROOM = 37
+    TRAINING_NOT_OFFERED = 40
+    UNKNOWN_MICRO_BATCH = 41
+    BAD_STATE = 42
+    WRONG_OPTIMIZER_STEP = 43
     UNKNOWN_MANIFEST = 50
     CHUNK_NOT_HELD = 51
     TOO_MANY_UPLOADS = 52
@@ -115,6 +119,10 @@ ERROR_TEXTS: dict[ErrorCode, str] = {
     ErrorCode.ADAPTER_MISSING: "this node does not have the adapter",
     ErrorCode.ADAPTER_REFUSED: "the adapter is damaged or does not fit the model",
     ErrorCode.ADAPTER_NO_ROOM: "no room for another adapter now; retry later",
+    ErrorCode.TRAINING_NOT_OFFERED: "this node does not train",
+    ErrorCode.UNKNOWN_MICRO_BATCH: "no such micro-batch on this node",
+    ErrorCode.BAD_STATE: "the state does not fit the training session",
+    ErrorCode.WRONG_OPTIMIZER_STEP: "gradients or steps are missing before this one",
     ErrorCode.VOUCHER_MISSING: "more work than vouchers cover",
     ErrorCode.BAD_SIGNATURE: "the signature is wrong, or not of whom it should be",
     ErrorCode.FOREIGN_OBJECT: "the object is about another node, session, allowance or model",

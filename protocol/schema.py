@@ -23,6 +23,7 @@ from swarm.protocol.messages import (
     Array,
     BlobField,
     Bytes,
+    Real,
     Spec,
     TensorField,
     Text,
@@ -193,6 +194,9 @@ def _check_for(spec: Spec, python_type: Any, array_type: type[Sequence[Any]]) ->
             if python_type is bool:
                 maximum = 1
             return lambda value: type(value) is int and 0 <= value <= maximum
+        case Real(least, most):
+            # Comparisons with NaN are false.
+            return lambda value: type(value) is float and least <= value <= most
         case Bytes(minimum, maximum):
             return lambda value: type(value) is bytes and minimum <= len(value) <= maximum
         case Text(maximum_bytes):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from swarm.node.engine.ragged import RaggedBatch
+from swarm.node.engine.training_batch import TrainingBatch
 
 ATTENTION_NAME = "swarm_ragged"
 
@@ -30,7 +31,7 @@ def ragged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    ragged_batch: RaggedBatch,
+    ragged_batch: RaggedBatch | TrainingBatch,
     block_offset: int,
     scaling: float | None = None,
     dropout: float = 0.0,

@@ -51,12 +51,18 @@ class CacheBudget:
 
     def admit(self, rows: int, maximum_tokens: int, blocks: int) -> int:
         """Reserve and return the bytes, or raise ProtocolError(NO_CAPACITY)."""
-        wanted_bytes = rows * maximum_tokens * blocks * self._bytes_per_block_token
-        if wanted_bytes > self.total_bytes - self.reserved_bytes:
+        return self.admit_bytes(rows * maximum_tokens * blocks * self._bytes_per_block_token)
+
+    @property
+    def free_bytes(self) -> int:
+        return self.total_bytes - self.reserved_bytes
+
+    def admit_bytes(self, wanted_bytes: int) -> int:
+        """The same for something other than a cache."""
+        if wanted_bytes > self.free_bytes:
             raise ProtocolError(
                 ErrorCode.NO_CAPACITY,
-                f"{wanted_bytes} bytes of cache wanted, "
-                f"{self.total_bytes - self.reserved_bytes} free",
+                f"{wanted_bytes} bytes wanted, {self.free_bytes} free",
             )
         self.reserved_bytes += wanted_bytes
         return wanted_bytes

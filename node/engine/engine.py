@@ -29,6 +29,8 @@ from swarm.node.engine.batching import BatchLimits
 from swarm.node.engine.cache import CacheBudget, SpanCache
 from swarm.node.engine.freed_memory import return_freed_memory
 from swarm.node.engine.span_loader import Progress, Span, load_span
+from swarm.node.engine.training import SpanTraining
+from swarm.node.engine.training_api import TrainingRequest, TrainingSession
 from swarm.node.engine.worker import BatchObserver, Worker
 from swarm.protocol.errors import ErrorCode, ProtocolError, UsageError
 from swarm.protocol.messages import MAX_PAYLOAD_BYTES
@@ -97,6 +99,7 @@ class SpanEngine:
         )
         limits = BatchLimits(maximum_tokens=2 * self._maximum_step_tokens)
         self._worker = Worker(span, limits, threads)
+        self._training = SpanTraining(checkpoint, span, self._worker, self._budget)
 
     @property
     def first_block(self) -> int:
@@ -195,6 +198,9 @@ class SpanEngine:
         self._check(own, step)
         return await self._worker.run(own, step)
 
+    async def open_training(self, request: TrainingRequest) -> TrainingSession:
+        return await self._training.open(request)
+
     def pieces(
         self, cache: SessionCache, first_position: int, end_position: int
     ) -> Sequence[CacheRegion]:
@@ -240,6 +246,7 @@ class SpanEngine:
     async def close(self) -> None:
         """Finish the running batch, refuse the queue, end the device thread, free the weights."""
         await self._worker.close()
+        await self._training.close()
         self._span.release()
 
 

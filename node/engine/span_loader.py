@@ -25,6 +25,7 @@ from swarm.node.engine.freed_memory import return_freed_memory
 from swarm.node.engine.fused import Replacements, replace_modules
 from swarm.node.engine.layouts import Layouts
 from swarm.node.engine.ragged import RaggedBatch
+from swarm.node.engine.training_batch import TrainingBatch
 from swarm.protocol.errors import CheckpointError, UsageError
 
 _TORCH_DTYPES = {
@@ -68,6 +69,16 @@ class Span:
         self, hidden: torch.Tensor, batch: RaggedBatch, first_block: int, end_block: int
     ) -> torch.Tensor:
         """``[1, total, hidden]`` through the given blocks (the model's numbers); same shape."""
+        return self.run_blocks(hidden, batch, first_block, end_block)
+
+    def run_blocks(
+        self,
+        hidden: torch.Tensor,
+        batch: RaggedBatch | TrainingBatch,
+        first_block: int,
+        end_block: int,
+    ) -> torch.Tensor:
+        """The same, with a gradient where the caller asks torch for one."""
         offset = first_block - self.first_block
         last = end_block - self.first_block
         positions = batch.position_ids(self.device)

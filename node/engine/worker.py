@@ -73,9 +73,34 @@ class _Job:
 class _Call:
     """Something short for the device thread to do between two batches."""
 
-    cache: SpanCache
+    cache: SpanCache | None
     function: Callable[[], Any]
     future: asyncio.Future[Any]
+
+
+class BetweenShare:
+    """How much of a busy device's time work gets that is not in a hurry. Pure."""
+
+    SHARE = 0.25
+
+    def __init__(self) -> None:
+        self._credit_s = 0.0
+        self._longest_s = 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it has waited for so long that steps may wait for it."""
+        return self._credit_s > 0
+
+    def ran_steps(self, duration_s: float) -> None:
+        """A batch of steps took this long; the credit is bounded by what one call takes."""
+        earned_s = duration_s * self.SHARE / (1 - self.SHARE)
+        self._credit_s = min(self._credit_s + earned_s, self._longest_s)
+
+    def ran_between(self, duration_s: float) -> None:
+        """A call took this long; what it takes while nobody waits is free."""
+        self._longest_s = duration_s
+        self._credit_s = max(-duration_s, self._credit_s - duration_s)
 
 
 class Worker:
@@ -87,6 +112,8 @@ class Worker:
         self._threads = threads
         self._waiting: list[_Job] = []
         self._calls: deque[_Call] = deque()
+        self._between: deque[_Call] = deque()
+        self._share = BetweenShare()
         self._changed = threading.Condition()
         self._stopping = False
         self._last_steps: dict[int, float] = {}
@@ -96,6 +123,7 @@ class Worker:
         self._observers: list[BatchObserver] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._meter: ContentionMeter | None = None
 
     @property
     def queued_steps(self) -> int:
@@ -153,6 +181,25 @@ class Worker:
             raise
         return result
 
+    async def run_between(self, function: Callable[[], T]) -> T:
+        """Run ``function`` when no step waits, and otherwise within its share of the time.
+
+        For work that is not in a hurry. Steps may wait for one such call. Cancelling waits for it.
+        """
+        loop = self._start()
+        call = _Call(None, function, loop.create_future())
+        with self._changed:
+            if self._stopping:
+                raise ProtocolError(ErrorCode.DRAINING, "the engine is closed")
+            self._between.append(call)
+            self._changed.notify()
+        try:
+            result: T = await asyncio.shield(call.future)
+        except asyncio.CancelledError:
+            await _finished(call.future)
+            raise
+        return result
+
     def drop(self, cache: SpanCache) -> None:
         """Refuse the steps of ``cache`` that have not started."""
         with self._changed:
@@ -167,7 +214,9 @@ class Worker:
         with self._changed:
             self._stopping = True
             dropped, self._waiting = self._waiting, []
-            calls, self._calls = self._calls, deque()
+            calls = [*self._calls, *self._between]
+            self._calls.clear()
+            self._between.clear()
             self._changed.notify()
         for call in calls:
             self._call_ended(call, None, ProtocolError(ErrorCode.DRAINING, "the engine is closing"))
@@ -201,6 +250,7 @@ class Worker:
         team = DeviceThreads()
         team.use(threads)
         meter = ContentionMeter(ThreadGovernor(threads), team.use, team.waited_s)
+        self._meter = meter
         while jobs := self._take():
             started_s = time.perf_counter()
             try:
@@ -211,6 +261,7 @@ class Worker:
                 results = [failed] * len(jobs)
             ended_s = time.perf_counter()
             self._last_compute_s = ended_s - started_s
+            self._share.ran_steps(ended_s - started_s)
             self._ran_long_step |= any(job.waiting.tokens > SHORT_STEP_TOKENS for job in jobs)
             report = BatchReport(
                 steps=len(jobs),
@@ -230,9 +281,14 @@ class Worker:
             while not self._stopping:
                 if self._calls:
                     self._run_call(self._calls.popleft())
+                if self._between and (not self._waiting or self._share.is_due):
+                    self._run_between()
+                    continue
                 if not self._waiting:
                     self._give_back_memory()
-                    self._changed.wait_for(lambda: self._waiting or self._calls or self._stopping)
+                    self._changed.wait_for(
+                        lambda: self._waiting or self._calls or self._between or self._stopping
+                    )
                     if not self._waiting:
                         continue
                     self._gather()
@@ -257,6 +313,15 @@ class Worker:
             finally:
                 self._changed.acquire()
 
+    def _run_between(self) -> None:
+        started_s = time.perf_counter()
+        self._run_call(self._between.popleft())
+        ended_s = time.perf_counter()
+        self._share.ran_between(ended_s - started_s)
+        self._busy.append((started_s, ended_s))
+        if self._meter is not None:
+            self._meter.computed(ended_s, ended_s - started_s)
+
     def _run_call(self, call: _Call) -> None:
         """One call, while the event loop may add steps."""
         self._changed.release()
@@ -271,9 +336,10 @@ class Worker:
 
     def _call_ended(self, call: _Call, result: Any, error: Exception | None) -> None:
         """On the event loop: wake who waits, and free the cache if it was closed meanwhile."""
-        with self._changed:
-            call.cache.steps_running -= 1
-        call.cache.release_if_idle()
+        if call.cache is not None:
+            with self._changed:
+                call.cache.steps_running -= 1
+            call.cache.release_if_idle()
         if call.future.done():
             return
         if error is None:

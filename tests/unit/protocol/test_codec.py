@@ -28,6 +28,8 @@ def values(spec: messages.Spec) -> st.SearchStrategy[Any]:
     match spec:
         case messages.Uint(maximum):
             return st.one_of(st.integers(0, maximum), st.sampled_from([0, maximum]))
+        case messages.Real(least, most):
+            return st.floats(least, most)
         case messages.Bytes(minimum, maximum):
             return st.binary(min_size=minimum, max_size=maximum)
         case messages.Text(maximum_bytes):

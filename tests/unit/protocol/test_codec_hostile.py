@@ -56,6 +56,19 @@ SAMPLES: list[Message] = [
     messages.AdapterStatus(0, 10, 20),
     messages.AdapterIndexPart((b"{", b"}" * 3)),
     messages.AdapterTensor(7, 1, TENSOR),
+    messages.OpenTraining(bytes(32), 10, 20, 1, PEER_ID, 512, 2, 1, 1, 16, 32.0, ("q_proj",)),
+    messages.TrainingOpened(bytes(16), 100_000),
+    messages.ForwardPart(7, (3, 4), 0, TENSOR),
+    messages.BackwardPart(7, 0, TENSOR),
+    messages.AskGradientNorm(3, 2),
+    messages.GradientNorm(3, 0.25),
+    messages.ApplyGradients(3, 1.0, 2e-3),
+    messages.GradientsApplied(3),
+    messages.AskState(3),
+    messages.StatePart("model.layers.3.mlp.down_proj.lora_A.weight", 96, 0, TENSOR),
+    messages.StateEnd(3, 40),
+    messages.StateRestored(3),
+    messages.ForgetMicroBatch(7),
     messages.GetManifest(bytes(32)),
     messages.ManifestPiece(3, b"{}\n"),
     messages.ManifestSignatures((PEER_ID,), (bytes(64),)),
@@ -224,6 +237,8 @@ def is_allowed(spec: messages.Spec, value: Any) -> bool:
     match spec:
         case messages.Uint(maximum):
             return type(value) is int and 0 <= value <= maximum
+        case messages.Real(least, most):
+            return type(value) is float and least <= value <= most
         case messages.Bytes(minimum, maximum):
             return type(value) is bytes and minimum <= len(value) <= maximum
         case messages.Text(maximum):

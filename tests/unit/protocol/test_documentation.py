@@ -18,6 +18,8 @@ def wire_type(spec: messages.Spec) -> str:
     match spec:
         case messages.Uint(maximum):
             return f"uint, 0 to {maximum}"
+        case messages.Real(least, most):
+            return f"real, {least:g} to {most:g}"
         case messages.Bytes(minimum, maximum):
             return f"bytes, {minimum}" if minimum == maximum else f"bytes, {minimum} to {maximum}"
         case messages.Text(maximum_bytes):
@@ -39,6 +41,8 @@ def table(kind: type[Any]) -> Iterator[str]:
                 default_text = "required"
             case "" | b"" | ():
                 default_text = "empty"
+            case float(default):
+                default_text = f"{default:g}"
             case default:
                 default_text = str(int(default))
         yield f"| {wire.number} | {declared.name} | {wire_type(wire.spec)} | {default_text} |"
