@@ -3,7 +3,8 @@
 The life of ``swarm-node join``: the network starts and the checkpoint is opened at the same time;
 the blocks are chosen, announced as JOINING and loaded; the service answers peers and the
 announcement says ONLINE; Ctrl-C announces that the node drains, waits until its sessions are handed
-over, says goodbye and ends. With working hours this life repeats, and the node rests in between.
+over, says goodbye and ends. Whenever the owner's limits (``donor``) do not hold, it leaves in the
+same way, rests, and lives again when they do.
 
 One ``asyncio.TaskGroup`` owns everything that runs meanwhile. Heavy imports happen in threads, so
 that the view lives while they last.
@@ -20,6 +21,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -33,6 +35,11 @@ from swarm.node.announced_work import AnnouncedWork
 from swarm.node.board import Board
 from swarm.node.config import BlockSpan, NodeSettings, PeerSettings, SeedSettings
 from swarm.node.control import control_path, controlled
+from swarm.node.donor.bandwidth import CappedNetwork
+from swarm.node.donor.diary import Diary, Totals
+from swarm.node.donor.guard import Guard
+from swarm.node.donor.limits import LimitsFile
+from swarm.node.donor.sensors import SystemSensors
 from swarm.node.metrics import MetricsServer, NodeMetrics
 from swarm.node.model_holder import ModelHolder
 from swarm.node.neighbours import Neighbours
@@ -41,7 +48,6 @@ from swarm.node.reachability import follow_reachability
 from swarm.node.rebalancing import Rebalancer
 from swarm.node.relocation import Relocation, SeenNodes
 from swarm.node.service import NodeService, ServiceLimits
-from swarm.node.shifts import rested, shift
 from swarm.node.surroundings import Surroundings, remember_peers
 from swarm.node.view import NodeStatus, View
 from swarm.node.weights import NodeWeights
@@ -81,18 +87,41 @@ async def run_node(settings: NodeSettings, view: View) -> None:
     status = NodeStatus(display_name=settings.display_name, model=settings.model)
 
     async def life(identity: Identity, board: Board, leaving: asyncio.Event) -> None:
-        if settings.hours is None:
-            await _Node(settings, view, identity, board, leaving).live()
-            return
+        guard = board.guard
+        if guard is None:
+            raise RuntimeError("a node has an owner")
+        async with _watching(guard):
+            while await guard.rested(leaving, board.rest):
+                async with guard.shift(leaving) as over:
+                    with contextlib.suppress(Left):
+                        await _alone(_Node(settings, view, identity, board, over).live())
+                board.forget_engine()
+                if not leaving.is_set():
+                    await asyncio.to_thread(_give_memory_back)
 
-        while await rested(settings.hours, leaving, board.rest):
-            async with shift(settings.hours, leaving) as over:
-                with contextlib.suppress(Left):
-                    await _alone(_Node(settings, view, identity, board, over).live())
-            board.forget_engine()
-            await asyncio.to_thread(_give_memory_back)
+    await _run(settings, view, status, life, owner=lambda board: _owner(settings, board))
 
-    await _run(settings, view, status, life)
+
+def _owner(settings: NodeSettings, board: Board) -> Guard:
+    """The owner's limits, sensors and diary. Raises ConfigError for damaged files."""
+
+    def totals() -> Totals:
+        counted, guard = board.metrics.totals, board.guard
+        return Totals(
+            sessions=counted.sessions,
+            tokens=counted.tokens,
+            sent_bytes=0 if guard is None else guard.up.total_bytes,
+            received_bytes=0 if guard is None else guard.down.total_bytes,
+        )
+
+    diary = Diary(settings.diary_file, datetime.now, totals)
+    diary.load()
+    return Guard(
+        LimitsFile(settings.limits_file, settings.donor_limits),
+        SystemSensors(settings.identity_file.parent),
+        diary,
+        clock=LoopClock(),
+    )
 
 
 async def run_seed(settings: SeedSettings, view: View) -> None:
@@ -128,7 +157,14 @@ async def run_seed(settings: SeedSettings, view: View) -> None:
     await _run(settings, view, NodeStatus(display_name=settings.display_name), life)
 
 
-async def _run(settings: PeerSettings, view: View, status: NodeStatus, life: Life) -> None:
+async def _run(
+    settings: PeerSettings,
+    view: View,
+    status: NodeStatus,
+    life: Life,
+    *,
+    owner: Callable[[Board], Guard] | None = None,
+) -> None:
     """What nodes and seeds share: key, signals, metrics, view, and one error instead of a group."""
     leaving = asyncio.Event()
     board = Board(status, NodeMetrics())
@@ -137,12 +173,14 @@ async def _run(settings: PeerSettings, view: View, status: NodeStatus, life: Lif
         async with AsyncExitStack() as stack:
             identity = stack.enter_context(held_identity(settings.identity_file))
             stack.enter_context(leave_on_signals(leaving))
+            if owner is not None:
+                board.guard = owner(board)
             if settings.metrics:
                 url = await stack.enter_async_context(_served_metrics(settings, board.metrics))
                 board.update(metrics_url=url)
             async with asyncio.TaskGroup() as group:
                 watching = group.create_task(view.watch(board.snapshot))
-                async with controlled(control, board.snapshot, leaving.set):
+                async with controlled(control, board.snapshot, leaving.set, board.guard):
                     await life(identity, board, leaving)
                 watching.cancel()
     except BaseExceptionGroup as group_of_errors:
@@ -250,9 +288,16 @@ class _Node:
             self._board.update(state="joining", peer_id=network.peer_id, addresses=addresses)
         return network
 
+    def _capped(self, network: HivemindNetwork) -> CappedNetwork:
+        """The network as the owner allows it."""
+        guard = self._board.guard
+        if guard is None:
+            raise RuntimeError("a node has an owner")
+        return CappedNetwork(network, guard.up, guard.down)
+
     def _node_weights(self, network: HivemindNetwork) -> NodeWeights:
         return NodeWeights(
-            network,
+            self._capped(network),
             self._identity,
             self._clock,
             self._settings,
@@ -389,7 +434,7 @@ class _Node:
         settings = self._settings
         revision = model.checkpoint.revision
         service = NodeService(
-            network,
+            self._capped(network),
             engine,
             model_revision=revision,
             resolve=Neighbours(network, self._clock, revision, view).resolve,
@@ -602,6 +647,16 @@ async def _guarded_by(network: HivemindNetwork) -> AsyncIterator[asyncio.TaskGro
         guarding = group.create_task(guard())
         yield group
         guarding.cancel()
+
+
+@asynccontextmanager
+async def _watching(guard: Guard) -> AsyncIterator[None]:
+    async with asyncio.TaskGroup() as group:
+        watching = group.create_task(guard.watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
 
 
 @asynccontextmanager

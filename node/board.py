@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from swarm.node.donor.guard import Guard
 from swarm.node.metrics import LoadedEngine, NodeMetrics
 from swarm.node.view import NodeStatus, RecentRate
 
@@ -16,6 +17,8 @@ class Board:
     def __init__(self, status: NodeStatus, metrics: NodeMetrics) -> None:
         self.metrics = metrics
         self.engine: LoadedEngine | None = None
+        self.guard: Guard | None = None
+        """What the owner allows; seeds have none."""
         self._drain_ends_s = 0.0
         self._status = status
         self._started_s = time.monotonic()
@@ -37,12 +40,11 @@ class Board:
         self.engine = None
         self.metrics.forget_engine()
 
-    def rest(self, until: str) -> None:
+    def rest(self) -> None:
         """The node has left for now: nothing of what it hosted is true any more."""
         kept = self._status
         self._status = NodeStatus(
             state="resting",
-            rests_until=until,
             display_name=kept.display_name,
             model=kept.model,
             metrics_url=kept.metrics_url,
@@ -62,6 +64,12 @@ class Board:
         )
         if status.state == "draining":
             status = replace(status, drain_left_s=max(0.0, self._drain_ends_s - now_s))
+        if self.guard is not None and self.guard.reasons:
+            status = replace(
+                status,
+                rests_because=tuple(map(str, self.guard.reasons)),
+                rests_until=self.guard.rests_until,
+            )
         if self.engine is None:
             return status
         load = self.engine.load

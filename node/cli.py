@@ -14,8 +14,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Coroutine
-from contextlib import AbstractContextManager
+from collections.abc import Coroutine, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -28,6 +28,7 @@ from swarm.node.config import (
     load_own_files,
     load_settings,
 )
+from swarm.node.donor.commands import app as donor_app
 from swarm.node.service_commands import app as service_app
 from swarm.node.service_commands import identity as identity_command
 from swarm.protocol.errors import (
@@ -131,11 +132,11 @@ Disk = Annotated[
 ]
 Upload = Annotated[
     str | None,
-    typer.Option("--upload", metavar="SIZE", help="Most weights sent per second, as 2MB."),
+    typer.Option("--upload", metavar="SIZE", help="Most sent to peers per second, as 2MB."),
 ]
 Download = Annotated[
     str | None,
-    typer.Option("--download", metavar="SIZE", help="Most weights fetched per second, as 10MB."),
+    typer.Option("--download", metavar="SIZE", help="Most taken from peers per second, as 10MB."),
 ]
 Mirrors = Annotated[
     list[str] | None,
@@ -190,7 +191,11 @@ def join(
     ] = None,
     hours: Annotated[
         str | None,
-        typer.Option("--hours", metavar="BEGIN-END", help="When to work, as 20:00-08:00."),
+        typer.Option(
+            "--hours",
+            metavar="HOURS",
+            help="When to work: 20:00-08:00, or mon-fri 20:00-08:00, sat-sun 00:00-24:00.",
+        ),
     ] = None,
     charter: Charter = None,
     passport: Passport = None,
@@ -254,7 +259,7 @@ def join(
         _prepare_process(settings.log_level, settings.threads)
         from swarm.node.app import run_node
 
-        _run(run_node(settings, view))
+        run(run_node(settings, view))
 
 
 @app.command(
@@ -323,7 +328,7 @@ def seed(
         _prepare_process(settings.log_level)
         from swarm.node.app import run_seed
 
-        _run(run_seed(settings, view))
+        run(run_seed(settings, view))
 
 
 @app.command(
@@ -441,7 +446,7 @@ def doctor(
         from swarm.node.doctor import examine, print_report
         from swarm.node.probes import SystemProbes
 
-        checks = _run(examine(settings, SystemProbes()))
+        checks = run(examine(settings, SystemProbes()))
         print_report(checks, as_json=as_json)
         if any(check.level == "fail" for check in checks):
             raise typer.Exit(1)
@@ -451,6 +456,16 @@ app.add_typer(service_app)
 app.command(epilog="[bold]Example[/bold]\n\nswarm-node identity --identity /srv/swarm/seed.key")(
     identity_command
 )
+
+
+@contextmanager
+def outcome(as_json: bool) -> Iterator[None]:
+    """Around commands of other modules: our errors become one line and an exit code."""
+    with _Outcome(_view(as_json, True)):
+        yield
+
+
+app.add_typer(donor_app)
 
 
 def main() -> None:
@@ -521,7 +536,7 @@ class _StderrHandler(logging.Handler):
         print(self.format(record), file=sys.stderr)
 
 
-def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
     import asyncio
 
     try:

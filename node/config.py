@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from swarm.membership_files import MembershipFiles
-from swarm.node.hours import EXAMPLE_HOURS, Hours, parse_hours
+from swarm.node.donor.limits import LIMIT_NAMES, DonorLimits
+from swarm.node.hours import EXAMPLE_HOURS, Week, parse_week
 from swarm.protocol.errors import ConfigError
 from swarm.protocol.messages import MAX_BLOCKS
 from swarm.protocol.records import COUNTRY
@@ -126,10 +127,13 @@ class PeerSettings:
     """
 
     upload_bytes_per_s: int | None = None
-    """Cap for weights sent to others; by default none."""
+    """Most that is sent to peers, as ``2 MB``; by default as much as the line takes.
+
+    Of a node that is everything, of a seed the weights.
+    """
 
     download_bytes_per_s: int | None = None
-    """Cap for weights fetched from others; by default none."""
+    """Most that is taken from peers."""
 
     mirrors: tuple[str, ...] = ()
     """Folders or web addresses with a mirror, for weights that no peer has."""
@@ -211,11 +215,37 @@ class NodeSettings(PeerSettings):
     declared_watts: float | None = None
     """What this computer draws while it computes; for statistics, where it cannot measure that."""
 
-    hours: Hours | None = None
-    """Hours of the day at which to work, as ``20:00-08:00``, local time; by default always.
+    hours: Week | None = None
+    """Hours at which to work, local time, as ``20:00-08:00`` for every day, or as
+    ``mon-fri 20:00-08:00, sat-sun 00:00-24:00``; by default always.
 
-    At their end the node drains, gives its memory back, and waits for their next begin.
+    At their end the node drains, gives its memory back, and waits for their next begin. The same
+    happens when any of the limits below does not hold any more.
     """
+
+    only_when_idle: bool = False
+    """Work only while nobody uses the computer, nor another program its GPU."""
+
+    idle_after_s: float = 300.0
+    """Seconds without a key press after which nobody uses it."""
+
+    works_on_battery: bool = False
+    """Whether a laptop goes on working without its charger."""
+
+    monthly_bytes: int | None = None
+    """Traffic of a calendar month, both ways; when it is used up the node rests until the next."""
+
+    keep_memory_free_bytes: int | None = None
+    """Memory left for other programs; the node leaves when they need more."""
+
+    keep_disk_free_bytes: int | None = None
+    """Free space below which the node leaves."""
+
+    maximum_temperature_c: float | None = None
+    """Of the hottest sensor of processor and GPU; above it the node cools down."""
+
+    maximum_power_w: float | None = None
+    """Of processor and GPU together, where they tell."""
 
     drain_timeout_s: float = 60.0
     """Seconds that a leaving node waits until its sessions are handed over or have ended."""
@@ -225,6 +255,21 @@ class NodeSettings(PeerSettings):
 
     use_relay: bool = True
     """Whether to be reachable through relays when no port is open."""
+
+    @property
+    def donor_limits(self) -> DonorLimits:
+        """What the owner allows. Raises ConfigError for values that make no sense."""
+        return DonorLimits(**{name: getattr(self, name) for name in LIMIT_NAMES})
+
+    @property
+    def limits_file(self) -> Path:
+        """Where the owner's later changes of the limits are kept."""
+        return self.identity_file.with_suffix(".limits.json")
+
+    @property
+    def diary_file(self) -> Path:
+        """Where it is kept what the node did on each day."""
+        return self.identity_file.with_suffix(".diary.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -379,8 +424,8 @@ def _blocks(_key: str, value: Any) -> BlockSpan:
     return value if isinstance(value, BlockSpan) else parse_blocks(_text(_key, value))
 
 
-def _hours(_key: str, value: Any) -> Hours:
-    return value if isinstance(value, Hours) else parse_hours(_text(_key, value))
+def _hours(_key: str, value: Any) -> Week:
+    return value if isinstance(value, Week) else parse_week(_text(_key, value))
 
 
 _CONVERTERS: dict[Any, Callable[[str, Any], Any]] = {
@@ -391,7 +436,7 @@ _CONVERTERS: dict[Any, Callable[[str, Any], Any]] = {
     Path: _path,
     tuple[str, ...]: _texts,
     BlockSpan: _blocks,
-    Hours: _hours,
+    Week: _hours,
 }
 
 _EXPECTED: dict[Any, str] = {
@@ -402,7 +447,7 @@ _EXPECTED: dict[Any, str] = {
     Path: "a path",
     tuple[str, ...]: "a list of texts",
     BlockSpan: "a text such as 0:10",
-    Hours: f"a text such as {EXAMPLE_HOURS}",
+    Week: f"a text such as {EXAMPLE_HOURS}",
 }
 
 
@@ -432,6 +477,7 @@ def _check(settings: PeerSettings) -> None:
 
 
 def _check_node(settings: NodeSettings) -> None:
+    _ = settings.donor_limits  # says what is wrong with them
     if len(settings.organisation.encode()) > 64:
         raise ConfigError("organisation is longer than 64 bytes")
     if not settings.organisation.isprintable():

@@ -1,8 +1,9 @@
 """How the owner talks to a running node: a Unix socket beside its key, for its user alone.
 
-One JSON object per line, either way. A request is ``{"command": "status"}`` or ``{"command":
-"drain"}``; each is answered by the node's status, or by ``{"error": ...}``. The socket's end tells
-that the node has ended.
+One JSON object per line, either way. ``{"command": "status"}`` and ``drain`` are answered by the
+node's status; ``owner``, ``pause`` (``for_s``: seconds, or null until ``resume``), ``resume`` and
+``limits`` (``changes``: an object) by what the owner's page shows, with the status in it. Errors
+are ``{"error": ...}``. The socket's end tells that the node has ended.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from swarm.catalogue.download import Progress
+from swarm.node.donor.guard import Guard
 from swarm.node.view import NodeStatus
-from swarm.protocol.errors import UsageError
+from swarm.protocol.errors import ConfigError, UsageError
 
 log = logging.getLogger(__name__)
 
-MAX_REQUEST_BYTES = 1024
+MAX_REQUEST_BYTES = 8 * 1024
 MAX_ANSWER_BYTES = 256 * 1024
 MAX_CONNECTIONS = 16
 ANSWER_TIMEOUT_S = 10.0
 POLL_PERIOD_S = 1.0
+UNKNOWN_COMMAND = "unknown command; update this program or the node"
 
 
 def control_path(identity_file: Path) -> Path:
@@ -40,7 +43,10 @@ def control_path(identity_file: Path) -> Path:
 # --- the node's side -----------------------------------------------------------------------------
 @asynccontextmanager
 async def controlled(
-    path: Path, status: Callable[[], NodeStatus], drain: Callable[[], None]
+    path: Path,
+    status: Callable[[], NodeStatus],
+    drain: Callable[[], None],
+    guard: Guard | None = None,
 ) -> AsyncIterator[None]:
     """Answer the owner meanwhile. For who holds the key: a socket found at ``path`` is a dead one.
 
@@ -52,7 +58,7 @@ async def controlled(
         log.warning("no control socket at %s: %s", path, error)
         yield
         return
-    desk = _Desk(status, drain)
+    desk = _Desk(status, drain, guard)
     server = await asyncio.start_unix_server(desk.serve, sock=listener, limit=MAX_REQUEST_BYTES)
     try:
         yield
@@ -88,9 +94,12 @@ def _short(path: Path) -> str:
 class _Desk:
     """Serves the connections and closes what is left of them at the end."""
 
-    def __init__(self, status: Callable[[], NodeStatus], drain: Callable[[], None]) -> None:
+    def __init__(
+        self, status: Callable[[], NodeStatus], drain: Callable[[], None], guard: Guard | None
+    ) -> None:
         self._status = status
         self._drain = drain
+        self._guard = guard
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -123,9 +132,28 @@ class _Desk:
                 pass
             case {"command": "drain"}:
                 self._drain()
+            case {"command": str()} if self._guard is not None:
+                try:
+                    return self._owner(self._guard, request)
+                except ConfigError as error:
+                    return {"error": str(error)}
             case _:
-                return {"error": "unknown command; update this program or the node"}
+                return {"error": UNKNOWN_COMMAND}
         return asdict(self._status())
+
+    def _owner(self, guard: Guard, request: dict[str, Any]) -> dict[str, Any]:
+        match request:
+            case {"command": "owner"}:
+                pass
+            case {"command": "pause", "for_s": None | int() | float() as duration_s}:
+                guard.pause(duration_s)
+            case {"command": "resume"}:
+                guard.resume()
+            case {"command": "limits", "changes": dict() as changes}:
+                guard.change_limits(changes)
+            case _:
+                return {"error": UNKNOWN_COMMAND}
+        return {**guard.to_json(), "status": asdict(self._status())}
 
     async def close(self) -> None:
         tasks = tuple(self._tasks)
@@ -145,8 +173,20 @@ class NodeControl:
 
     def ask(self, command: str) -> NodeStatus | None:
         """The node's status after the command; None when the node has ended meanwhile."""
+        answer = self.ask_owner(command)
+        if answer is None:
+            return None
+        known = {name: answer[name] for name in NodeStatus.__slots__ if name in answer}
+        known = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
+        if isinstance(known.get("fetching"), dict):
+            known["fetching"] = Progress(**known["fetching"])
+        return NodeStatus(**known)
+
+    def ask_owner(self, command: str, **details: Any) -> dict[str, Any] | None:
+        """The node's answer as it is; None when the node has ended. Raises UsageError."""
         try:
-            self._connection.sendall(json.dumps({"command": command}).encode() + b"\n")
+            request = {"command": command, **details}
+            self._connection.sendall(json.dumps(request).encode() + b"\n")
             line = self._lines.readline(MAX_ANSWER_BYTES)
         except (BrokenPipeError, ConnectionError):
             return None
@@ -154,14 +194,10 @@ class NodeControl:
             raise UsageError("the node does not answer; is it stopped (Ctrl-Z)?") from None
         if not line:
             return None
-        answer = json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise UsageError(f"the node refuses: {answer['error']}")
-        known = {name: answer[name] for name in NodeStatus.__slots__ if name in answer}
-        known = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
-        if isinstance(known.get("fetching"), dict):
-            known["fetching"] = Progress(**known["fetching"])
-        return NodeStatus(**known)
+        return answer
 
     def close(self) -> None:
         self._lines.close()

@@ -44,6 +44,8 @@ class NodeTotals:
     prefill_block_tokens: int = 0
     computed_s: float = 0.0
     """In which the device worked."""
+    sessions: int = 0
+    """Opened since the start."""
 
 
 class NodeMetrics:
@@ -166,7 +168,7 @@ class NodeMetrics:
     def session_opened(self) -> None:
         self._sessions.inc()
         self._sessions_open.inc()
-        self._add(sessions_open=1)
+        self._add(sessions_open=1, sessions=1)
 
     def session_closed(self) -> None:
         self._sessions_open.dec()

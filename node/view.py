@@ -81,7 +81,9 @@ class NodeStatus:
     reachability: str = ""
     """How others reach this node, in words; empty when not known yet."""
     rests_until: str = ""
-    """When a resting node goes on, local time."""
+    """When a resting node goes on, local time; empty when that depends."""
+    rests_because: tuple[str, ...] = ()
+    """Why it rests, or leaves to rest, in words."""
 
 
 StatusSource = Callable[[], NodeStatus]
@@ -388,7 +390,11 @@ def describe_span(status: NodeStatus) -> str:
 def describe_absence(status: NodeStatus) -> list[str]:
     """What a node that leaves or rests still does for whom; empty for all others."""
     if status.state == "resting":
-        return [f"works again at {status.rests_until}; Ctrl-C ends it for good"]
+        why = f"{', '.join(status.rests_because)}; " if status.rests_because else ""
+        when = f"at {status.rests_until}" if status.rests_until else "when that has passed"
+        if status.rests_because == ("paused",) and not status.rests_until:
+            when = "after swarm-node resume"
+        return [f"{why}works again {when}; Ctrl-C ends it for good"]
     if status.state != "draining":
         return []
     sessions = f"{status.sessions} session{'' if status.sessions == 1 else 's'}"

@@ -27,9 +27,9 @@ from swarm.client.gateway.bodies import Body, ChatBody, TextBody, read_body
 from swarm.client.gateway.errors import ApiError, from_swarm, internal_error
 from swarm.client.gateway.metrics import GatewayMetrics
 from swarm.client.gateway.openapi import document
-from swarm.client.gateway.page_files import PageFiles
 from swarm.client.gateway.settings import GatewaySettings
 from swarm.client.gateway.shelf import ServedModel, Shelf, SwarmView
+from swarm.page_files import PageFiles
 from swarm.protocol.errors import SwarmError
 from swarm.protocol.version import software_version
 
@@ -38,6 +38,13 @@ log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 SERVER_NAME = f"swarm-gateway/{software_version()}"
+CHAT_PAGE = {
+    "/": ("chat.html", "text/html"),
+    "/page/chat.css": ("chat.css", "text/css"),
+    "/page/chat.js": ("chat.js", "text/javascript"),
+    "/page/markdown.js": ("markdown.js", "text/javascript"),
+    "/page/icon.svg": ("icon.svg", "image/svg+xml"),
+}
 OPEN_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -56,7 +63,7 @@ class Gateway:
         self._shelf = shelf
         self._admission = admission
         self._metrics = metrics
-        self._page = PageFiles()
+        self._page = PageFiles("swarm.client.gateway", CHAT_PAGE)
         self._desk = AnswerDesk(settings, client, admission, metrics, self._add_headers)
 
     def application(self) -> web.Application:

@@ -51,9 +51,8 @@ def test_a_resting_node_forgets_what_it_hosted() -> None:
     board.engine = BusyEngine()
     board.metrics.watch_engine(BusyEngine())
     board.forget_engine()
-    board.rest("20:00")
+    board.rest()
     status = board.snapshot()
     assert (status.state, status.model, status.end_block) == ("resting", "m", 0)
-    assert status.rests_until == "20:00"
     assert "swarm_node_cache_tokens_total 0.0" in board.metrics.text()
     assert (status.cache_tokens_total, status.peer_id) == (0, "")

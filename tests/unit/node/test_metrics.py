@@ -72,6 +72,7 @@ def test_totals_for_the_view(metrics: NodeMetrics) -> None:
         sessions_open=1,
         tokens=12,
         refused=1,
+        sessions=2,
         decode_block_tokens=6,
         prefill_block_tokens=30,
         computed_s=0.5,

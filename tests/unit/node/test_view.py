@@ -120,6 +120,10 @@ def test_a_leaving_node_says_whom_it_still_serves_and_for_how_long() -> None:
 def test_a_resting_node_says_when_it_works_again() -> None:
     resting = NodeStatus(state="resting", model="m", rests_until="20:00")
     assert "works again at 20:00" in drawn(resting)
+    hot = NodeStatus(state="resting", model="m", rests_because=("too hot",))
+    assert "too hot; works again when that has passed" in drawn(hot)
+    paused = NodeStatus(state="resting", model="m", rests_because=("paused",))
+    assert "paused; works again after swarm-node resume" in drawn(paused)
 
 
 async def test_programs_hear_at_once_of_each_state(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,12 @@
-"""The chat page: a few files of this package, with headers that allow them nothing else."""
+"""Web pages that are a few files of a package, with headers that allow them nothing else."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from importlib import resources
 
 from aiohttp import web
-
-FILES = {
-    "/": ("chat.html", "text/html"),
-    "/page/chat.css": ("chat.css", "text/css"),
-    "/page/chat.js": ("chat.js", "text/javascript"),
-    "/page/markdown.js": ("markdown.js", "text/javascript"),
-    "/page/icon.svg": ("icon.svg", "image/svg+xml"),
-}
 
 POLICY = "; ".join(
     (
@@ -34,6 +26,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
 }
 
@@ -41,14 +34,15 @@ HEADERS = {
 class PageFiles:
     """Read once; browsers ask again each time, and mostly hear that nothing changed."""
 
-    def __init__(self) -> None:
-        folder = resources.files(__package__) / "page"
+    def __init__(self, package: str, files: Mapping[str, tuple[str, str]]) -> None:
+        """``files``: by path, the name in the package's folder ``page`` and the content type."""
+        folder = resources.files(package) / "page"
         self._contents = {
-            path: ((folder / name).read_bytes(), kind) for path, (name, kind) in FILES.items()
+            path: ((folder / name).read_bytes(), kind) for path, (name, kind) in files.items()
         }
 
     def routes(self) -> list[web.RouteDef]:
-        return [web.get(path, self._handler(path)) for path in FILES]
+        return [web.get(path, self._handler(path)) for path in self._contents]
 
     def _handler(self, path: str) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         content, kind = self._contents[path]
