@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 from playwright.async_api import Page, expect
 
 from scripts.local_gateway import LocalGateway
-from scripts.local_swarm import LocalSwarm, Member, Span, SwarmPlan
+from scripts.local_swarm import SWARM_NODE, LocalSwarm, Member, Span, SwarmPlan
+from scripts.process_keeper import KeptProcess
+from swarm.node.control import running_node
 from tests.e2e.browser import PHONE, Visit, visit
 
 QUESTION = "Name the planets in order and say one thing about each."
@@ -156,6 +162,94 @@ async def test_a_client_that_disconnects_frees_its_sessions(
             assert await until_freed(swarm.nodes, 2.0) < 2
 
 
+async def serving_middle(page: Page, swarm: LocalSwarm) -> Member:
+    """The node that serves the middle span of the answer in the making."""
+    middle = page.locator(".chain .hop").nth(1)
+    title = await middle.get_attribute("title", timeout=PATIENCE_MS)
+    assert title is not None
+    (node,) = (node for node in swarm.nodes if node.peer_id in title)
+    return node
+
+
+async def test_its_owner_pauses_a_node_in_mid_answer(
+    swarm: LocalSwarm, gateway: LocalGateway
+) -> None:
+    """The answer goes on elsewhere, not a token different; then the node comes back."""
+    async with visit(gateway.url) as here:
+        await ask(here.page, QUESTION)
+        undisturbed = await finished(here.page)
+        await here.page.click("#new")
+        await ask(here.page, QUESTION)
+        node = await serving_middle(here.page, swarm)
+        with owner_page(node) as url:
+            async with visit(url, **PHONE) as owner:
+                page = owner.page
+                await expect(page.locator("#state")).to_have_text("Working", timeout=PATIENCE_MS)
+                await page.click("text=Pause 1 h")
+                await expect(page.locator("#why")).to_contain_text("Paused. Until")
+                assert await finished(here.page) == undisturbed
+                await expect(here.page.locator(".changed")).to_contain_text("another one took over")
+                await expect(page.locator("#state")).to_have_text("Resting", timeout=PATIENCE_MS)
+                await is_fine(owner)
+                await owner.picture("owner-resting")
+                await page.click("#resume")
+                await expect(page.locator("#state")).to_have_text("Working", timeout=PATIENCE_MS)
+
+
+async def test_limits_on_the_owner_s_page(swarm: LocalSwarm) -> None:
+    node = swarm.nodes[0]
+    with owner_page(node) as url:
+        async with visit(url, color_scheme="dark") as here:
+            page = here.page
+            await expect(page.locator("#state")).to_have_text("Working", timeout=PATIENCE_MS)
+            assert "#" not in page.url, "the token is not left in the history"
+            await expect(page.locator("#today")).to_contain_text("Tokens for others")
+            await page.fill("[name=upload_bytes_per_s]", "0.01")
+            await page.click("text=Save")
+            assert await page.locator("#limits :invalid").count() > 0
+            await page.fill("[name=upload_bytes_per_s]", "2.5")
+            await page.fill("[name=hours]", "whenever")
+            await page.click("text=Save")
+            await expect(page.locator("#saved")).to_contain_text("write for example")
+            await page.fill("[name=hours]", "")
+            await page.click("text=Save")
+            await expect(page.locator("#saved")).to_have_text("Saved.")
+            await is_fine(here)
+            await here.picture("owner-limits-dark")
+            here.complaints.clear()  # the refusal is told on the console, too
+        with running_node(node.key) as control:
+            told = control.ask_owner("limits", changes={})
+            assert told is not None
+            assert told["limits"]["upload_bytes_per_s"] == 2_500_000
+            control.ask_owner("limits", changes={"upload_bytes_per_s": None})
+        # Without the token, from another name, or from another page: nothing.
+        address = url.partition("#")[0]
+        token = {"Authorization": f"Bearer {url.partition('#')[2]}"}
+        async with aiohttp.ClientSession() as http:
+            for headers in ({}, {"Authorization": "Bearer x"}, {**token, "Host": "evil.example"}):
+                async with http.get(address + "api/owner", headers=headers) as reply:
+                    assert reply.status in (401, 403)
+                    assert node.peer_id not in await reply.text()
+            async with http.post(address + "api/pause", headers=token, data="{}") as reply:
+                assert reply.status == 415
+            async with http.post(address + "api/pause", headers=token, json={"x": 1}) as reply:
+                assert reply.status == 400
+
+
+@contextmanager
+def owner_page(node: Member) -> Iterator[str]:
+    """``swarm-node page`` for a node; its address with the token."""
+    command = [str(SWARM_NODE), "page", "--identity", str(node.key), "--json", "--no-open"]
+    process = KeptProcess(command, stdout=subprocess.PIPE)
+    try:
+        stdout = process.stdout
+        assert stdout is not None
+        with stdout:
+            yield str(json.loads(stdout.readline())["url"])
+    finally:
+        assert process.stop() == 0
+
+
 async def test_a_node_killed_in_mid_answer(swarm: LocalSwarm, gateway: LocalGateway) -> None:
     """The last test here: one of the nodes of the middle span is gone afterwards."""
     async with visit(gateway.url) as here:
@@ -163,10 +257,7 @@ async def test_a_node_killed_in_mid_answer(swarm: LocalSwarm, gateway: LocalGate
         undisturbed = await finished(here.page)
         await here.page.click("#new")
         await ask(here.page, QUESTION)
-        middle = here.page.locator(".chain .hop").nth(1)
-        title = await middle.get_attribute("title", timeout=PATIENCE_MS)
-        assert title is not None
-        (node,) = (node for node in swarm.nodes if node.peer_id in title)
+        node = await serving_middle(here.page, swarm)
         await asyncio.to_thread(node.process.kill)
         assert await finished(here.page) == undisturbed
         await expect(here.page.locator(".changed")).to_contain_text("another one took over")

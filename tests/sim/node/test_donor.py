@@ -88,7 +88,7 @@ def test_a_node_works_in_its_hours(tmp_path: Path) -> None:
     async def days() -> None:
         async with House(tmp_path, hours=parse_week("20:00-08:00")) as house:
             await asyncio.sleep(3600 - 60)
-            assert house.guard.reasons == (Reason.HOURS,)
+            assert list(house.guard.reasons) == [Reason.HOURS]
             assert house.guard.rests_until == "20:00"
             await asyncio.sleep(2 * 24 * 3600)
         begins_and_ends = [round(time / 3600, 1) for life in house.lives for time in life]
@@ -117,12 +117,12 @@ def test_each_sensor_ends_a_shift_and_lets_the_next_one_begin(
             await asyncio.sleep(100)
             house.sensors.readings = Readings(**bad)
             await asyncio.sleep(within_s + 2 * READ_PERIOD_S)
-            assert house.guard.reasons == (reason,)
+            assert list(house.guard.reasons) == [reason]
             ((_, end_s),) = house.lives
             assert end_s <= 100 + within_s + 2 * READ_PERIOD_S
             house.sensors.readings = Readings()
             await asyncio.sleep(2 * READ_PERIOD_S)
-            assert house.guard.reasons == ()
+            assert not house.guard.reasons
             assert house.guard.diary.today.rested_for[reason] > 0
         assert len(house.lives) == 2
 
@@ -138,14 +138,14 @@ def test_pauses(tmp_path: Path) -> None:
             assert len(house.lives) == 1, "at once"
             assert house.guard.rests_until == "21:00"
             await asyncio.sleep(7200 + READ_PERIOD_S)
-            assert house.guard.reasons == ()
+            assert not house.guard.reasons
             house.guard.pause(None)
-            await asyncio.sleep(30 * 24 * 3600)
-            assert house.guard.reasons == (Reason.PAUSED,)
+            await asyncio.sleep(2 * 24 * 3600)
+            assert list(house.guard.reasons) == [Reason.PAUSED]
             assert house.guard.rests_until == ""
             house.guard.resume()
             await asyncio.sleep(1)
-            assert house.guard.reasons == ()
+            assert not house.guard.reasons
             for wrong in (0, -1, 1e12, float("nan")):
                 with pytest.raises(ConfigError):
                     house.guard.pause(wrong)
@@ -164,10 +164,10 @@ def test_limits_change_at_once_and_broken_sensors_end_nothing(tmp_path: Path) ->
             house.guard.change_limits({"hours": "01:00-02:00", "upload_bytes_per_s": 10**6})
             assert house.guard.up.bytes_per_s == 10**6
             await asyncio.sleep(1)
-            assert house.guard.reasons == (Reason.HOURS,)
+            assert list(house.guard.reasons) == [Reason.HOURS]
             house.guard.change_limits({"hours": None})
             await asyncio.sleep(1)
-            assert house.guard.reasons == ()
+            assert not house.guard.reasons
         assert (
             LimitsFile(tmp_path / "limits.json", DonorLimits()).load().upload_bytes_per_s == 10**6
         )

@@ -1,25 +1,27 @@
-"""A node with working hours, in this process: two shifts with a rest between them."""
+"""A node in this process that rests by its owner's limits: shifts with a rest between them."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import signal
 import threading
-from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from swarm.node import shifts
-from swarm.node.app import run_node
+from swarm.node import app
 from swarm.node.config import NodeSettings
+from swarm.node.control import running_node
+from swarm.node.donor import guard
+from swarm.node.donor.readings import Readings
 from swarm.node.engine.engine import SpanEngine
-from swarm.node.hours import parse_hours
 from swarm.node.view import NodeStatus, StatusSource
 
 
@@ -51,6 +53,16 @@ class States:
         self.seen.append(message)
 
 
+class Laptop:
+    """A computer that is as the test says."""
+
+    def __init__(self) -> None:
+        self.readings = Readings()
+
+    async def read(self) -> Readings:
+        return self.readings
+
+
 async def test_a_node_works_rests_and_works_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,29 +76,51 @@ async def test_a_node_works_rests_and_works_again(
         vocab_size=64,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    clock = [datetime.fromisoformat("2026-03-01T21:00:00")]
-    monkeypatch.setattr(shifts, "_local_now", lambda: clock[0])
-    monkeypatch.setattr(shifts, "CLOCK_CHECK_S", 0.01)
+    laptop = Laptop()
+    monkeypatch.setattr(app, "SystemSensors", lambda _: laptop)
+    monkeypatch.setattr(guard, "READ_PERIOD_S", 0.01)
+    key = tmp_path / "node.key"
     settings = NodeSettings(
         model=str(tmp_path / "model"),
-        identity_path=tmp_path / "node.key",
+        identity_path=key,
         listen_addresses=("/ip4/127.0.0.1/tcp/0",),
-        hours=parse_hours("20:00-08:00"),
         cache_tokens=256,
         metrics=False,
     )
     view = States()
-    running = asyncio.create_task(run_node(settings, view))
-    for day in (1, 2):
-        clock[0] = datetime.fromisoformat(f"2026-03-0{day}T21:00:00")
+    running = asyncio.create_task(app.run_node(settings, view))
+
+    def tell(command: str, **details: Any) -> Any:
+        with running_node(key) as node:
+            return node.ask_owner(command, **details)
+
+    async def works() -> None:
         await view.wait_for("online")
         assert (view.last.first_block, view.last.end_block) == (0, 2)
-        clock[0] = datetime.fromisoformat(f"2026-03-0{day + 1}T09:00:00")
+
+    async def rests(reason: str) -> None:
         await view.wait_for("resting")
-        assert (view.last.end_block, view.last.rests_until) == (0, "20:00")
+        assert (view.last.end_block, view.last.rests_because) == (0, (reason,))
         assert psutil.Process().children() == [], "no network while it rests"
         assert not [thread for thread in threading.enumerate() if thread.name == "swarm-device"]
         assert [each for each in gc.get_objects() if type(each) is SpanEngine] == []
+
+    await works()
+    laptop.readings = Readings(on_battery=True)
+    await rests("on battery")
+    laptop.readings = Readings(on_battery=False)
+    await works()
+    answer = await asyncio.to_thread(tell, "pause", for_s=3600)
+    assert answer["reasons"] == ["paused"]
+    await rests("paused")
+    answer = await asyncio.to_thread(tell, "limits", changes={"hours": "00:00-24:00"})
+    assert answer["limits"]["hours"] == "00:00-24:00"
+    await asyncio.to_thread(tell, "resume")
+    await works()
+    assert "draining" in view.seen[view.seen.index("online") : view.seen.index("resting")]
     os.kill(os.getpid(), signal.SIGTERM)
     await running
     assert view.seen[-1] == "stopped"
+    (day,) = json.loads((tmp_path / "node.diary.json").read_text()).values()
+    assert day["online_s"] > 0
+    assert set(day["rested_for"]) == {"on battery", "paused"}
