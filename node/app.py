@@ -110,6 +110,7 @@ def _owner(settings: NodeSettings, board: Board) -> Guard:
         return Totals(
             sessions=counted.sessions,
             tokens=counted.tokens,
+            energy_j=counted.energy_j,
             sent_bytes=0 if guard is None else guard.up.total_bytes,
             received_bytes=0 if guard is None else guard.down.total_bytes,
         )

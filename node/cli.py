@@ -14,8 +14,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Coroutine, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Coroutine
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -456,15 +456,6 @@ app.add_typer(service_app)
 app.command(epilog="[bold]Example[/bold]\n\nswarm-node identity --identity /srv/swarm/seed.key")(
     identity_command
 )
-
-
-@contextmanager
-def outcome(as_json: bool) -> Iterator[None]:
-    """Around commands of other modules: our errors become one line and an exit code."""
-    with _Outcome(_view(as_json, True)):
-        yield
-
-
 app.add_typer(donor_app)
 
 
@@ -489,9 +480,9 @@ class _Outcome:
             raise typer.Exit(exit_code(error)) from None
 
 
-def outcome() -> _Outcome:
-    """For commands that print plain lines."""
-    return _Outcome(_view(False, True))
+def outcome(as_json: bool = False) -> _Outcome:
+    """For commands of other modules, which print plain lines or JSON."""
+    return _Outcome(_view(as_json, True))
 
 
 def exit_code(error: SwarmError) -> int:

@@ -46,6 +46,8 @@ class NodeTotals:
     """In which the device worked."""
     sessions: int = 0
     """Opened since the start."""
+    energy_j: float = 0.0
+    """Of all lives of the node since the start."""
 
 
 class NodeMetrics:
@@ -205,6 +207,7 @@ class NodeMetrics:
     def energy_used(self, more_j: float) -> None:
         """The node's work has taken so much more."""
         self._energy.inc(more_j)
+        self._add(energy_j=more_j)
 
     def refused(self, code: ErrorCode) -> None:
         self._refused.labels(code.name.lower()).inc()

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 
 from aiohttp import web
 
+from swarm.client.adapter_push import AdapterSource
 from swarm.client.config import SamplingSettings
 from swarm.client.gateway.admission import Admission, Caller
 from swarm.client.gateway.answers import Event, Question, answering
@@ -78,11 +79,14 @@ class AnswerDesk:
         request: web.Request,
         model: ServedModel,
         body: ChatBody | TextBody,
+        adapter: AdapterSource | None,
         prompt_ids: list[int],
         settings: SamplingSettings,
     ) -> web.StreamResponse:
         """Raises ApiError for what fails before the first byte is sent."""
-        question = self._question(model, prompt_ids, settings, body.choices)
+        self._check_room(model, prompt_ids)
+        patience_s = self._settings.resume_patience_s
+        question = Question(model.local, prompt_ids, settings, body.choices, adapter, patience_s)
         if self.stopping:
             raise ApiError(503, "this gateway is stopping", code="stopping", retry_after_s=1)
         reply = _reply(request[REQUEST_ID], model, body, question)
@@ -132,9 +136,7 @@ class AnswerDesk:
         except ConfigError as error:
             raise ApiError(403, str(error), code="policy_conflict") from None
 
-    def _question(
-        self, model: ServedModel, prompt_ids: list[int], settings: SamplingSettings, choices: int
-    ) -> Question:
+    def _check_room(self, model: ServedModel, prompt_ids: list[int]) -> None:
         room = model.local.maximum_tokens - len(prompt_ids)
         if not prompt_ids:
             raise ApiError(400, "the prompt is empty", code="invalid_value", param="prompt")
@@ -146,8 +148,6 @@ class AnswerDesk:
                 code="context_length_exceeded",
                 param="messages",
             )
-        patience_s = self._settings.resume_patience_s
-        return Question(model.local, prompt_ids, settings, choices, patience_s)
 
     async def _events(
         self, request: web.Request, queue: asyncio.Queue[Event], choices: int

@@ -13,6 +13,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from swarm.client.adapter_push import AdapterSource
 from swarm.client.config import SamplingSettings
 from swarm.client.gateway.errors import ApiError, from_swarm, internal_error
 from swarm.client.generate import LocalModel, TextPiece, TextSession
@@ -35,6 +36,7 @@ class Question:
     prompt_ids: list[int]
     settings: SamplingSettings
     choices: int
+    adapter: AdapterSource | None
     patience_s: float
     """How long to wait for blocks that the swarm lost in mid-answer."""
 
@@ -98,7 +100,7 @@ async def _pieces(
     """The pieces of one answer; lost blocks are waited for."""
     model = question.model
     maximum_tokens = min(len(question.prompt_ids) + settings.max_new_tokens, model.maximum_tokens)
-    async with TextSession(client, model, maximum_tokens) as session:
+    async with TextSession(client, model, maximum_tokens, adapter=question.adapter) as session:
         stream = session.stream(question.prompt_ids, settings)
         lost_since_s: float | None = None
         while True:

@@ -54,6 +54,14 @@ def gateway(
             "--model", metavar="MODEL", help="Checkpoint folder or name to serve; repeatable."
         ),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="NAME=FOLDER",
+            help="An adapter in PEFT's format, served as MODEL@NAME; repeatable.",
+        ),
+    ] = None,
     peers: Annotated[
         list[str] | None,
         typer.Option("--peers", metavar="ADDRESS", help="A peer to join by; repeatable."),
@@ -97,6 +105,7 @@ def gateway(
         settings, rest = load_gateway_settings(
             {
                 "models": model,
+                "adapters": adapter,
                 "host": host,
                 "port": port,
                 "keys_file": keys_file,

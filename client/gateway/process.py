@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from aiohttp import web
 
+from swarm.catalogue.adapter import AdapterFiles, check_fits
+from swarm.catalogue.checkpoint import Checkpoint, resolve_checkpoint
 from swarm.client.app import SwarmClient
 from swarm.client.config import ClientSettings
 from swarm.client.gateway.admission import Admission
@@ -23,7 +27,7 @@ from swarm.client.gateway.turns import Turns
 from swarm.client.gateway.web import Gateway
 from swarm.client.generate import LocalModel
 from swarm.client.metrics import ClientMetrics
-from swarm.protocol.errors import ConfigError
+from swarm.protocol.errors import AdapterError, ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -61,16 +65,37 @@ async def run_gateway(
             client = await SwarmClient.connect(client_settings, observer=client_metrics)
             stack.push_async_callback(client.close)
             models = []
+            unused = set(settings.adapters)
             for name in settings.models:
                 path = str(await client.find_ends(name))
-                local = await asyncio.to_thread(LocalModel.load, path, dtype=client_settings.dtype)
+                local, adapters = await asyncio.to_thread(
+                    _load, path, client_settings.dtype, settings.adapters
+                )
                 stack.callback(local.close)
+                unused -= adapters.keys()
                 called = local.blocks_of(client).model_name
-                models.append(ServedModel(called, local, client))
+                by_name = {text.partition("=")[0]: files for text, files in adapters.items()}
+                models.append(ServedModel(called, local, client, by_name))
                 stack.callback(models[-1].close)
+            if unused:
+                raise ConfigError(f"adapter {min(unused)} is for none of the models")
             if len({model.name for model in models}) < len(models):
                 raise ConfigError("two of the models have the same name; rename a folder")
             await serve(settings, client, models, client_metrics, keys, ready, stop)
+
+
+def _load(
+    name: str, dtype: str, adapters: tuple[str, ...]
+) -> tuple[LocalModel, dict[str, AdapterFiles]]:
+    """A model, and those of the adapters that are for it. Raises CheckpointError, AdapterError."""
+    checkpoint = Checkpoint.open(resolve_checkpoint(name))
+    fitting: dict[str, AdapterFiles] = {}
+    for text in adapters:
+        files = AdapterFiles.open(Path(text.partition("=")[2]).expanduser())
+        with contextlib.suppress(AdapterError):
+            check_fits(files.index, checkpoint)
+            fitting[text] = files
+    return LocalModel.load(name, dtype=dtype), fitting
 
 
 async def serve(

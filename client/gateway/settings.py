@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -25,6 +26,9 @@ class GatewaySettings:
 
     models: tuple[str, ...] = ()
     """Checkpoint folders, or names in the Hugging Face cache; served under their names."""
+
+    adapters: tuple[str, ...] = ()
+    """Adapters of these models, as ``NAME=FOLDER``; served as ``MODEL@NAME``."""
 
     host: str = "127.0.0.1"
     """Address to listen on. Put a TLS proxy before any other than loopback."""
@@ -99,6 +103,10 @@ class GatewaySettings:
                 lowest = 0 if item.name in ("port", "grace_s", "resume_patience_s") else 1e-3
                 if not lowest <= value <= 1e12:
                     raise ConfigError(f"{item.name} = {value}: must be greater than 0")
+        for adapter in self.adapters:
+            name, equals, folder = adapter.partition("=")
+            if not (equals and folder and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name)):
+                raise ConfigError(f"adapter {adapter!r}: write NAME=FOLDER, as law=./law-adapter")
         for origin in self.allowed_origins:
             if not origin.startswith(("https://", "http://")) or origin.count("/") != 2:
                 raise ConfigError(f"{origin!r} is no origin; write for example https://chat.org")

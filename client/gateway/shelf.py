@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from swarm.client.adapter_push import AdapterSource
 from swarm.client.gateway.errors import ApiError
 from swarm.client.generate import LocalModel
 from swarm.client.remote_blocks import ChainOpener
@@ -45,9 +46,16 @@ class Coverage:
 class ServedModel:
     """One model with its own tokenizer thread: long prompts must not hold up the event loop."""
 
-    def __init__(self, name: str, local: LocalModel, client: SwarmView) -> None:
+    def __init__(
+        self,
+        name: str,
+        local: LocalModel,
+        client: SwarmView,
+        adapters: Mapping[str, AdapterSource] | None = None,
+    ) -> None:
         blocks = local.blocks_of(client)
         self.name = name
+        self.adapters = dict(adapters or {})
         self.local = local
         self.revision = blocks.revision
         self.number_of_blocks = blocks.number_of_blocks
@@ -110,18 +118,35 @@ class Shelf:
     def models(self) -> list[ServedModel]:
         return list(self._models.values())
 
-    def find(self, name: str) -> ServedModel:
-        """Raises ApiError 404, as OpenAI does."""
+    @property
+    def named(self) -> list[tuple[str, ServedModel]]:
+        """All models, and each with each of its adapters."""
+        return [
+            (name, model)
+            for model in self.models
+            for name in (model.name, *(f"{model.name}@{adapter}" for adapter in model.adapters))
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.named]
+
+    def find(self, name: str) -> tuple[ServedModel, AdapterSource | None]:
+        """A model, and the adapter of ``MODEL@ADAPTER``. Raises ApiError 404, as OpenAI does."""
+        base, at, adapter = name.rpartition("@")
         model = self._models.get(name)
-        if model is None:
-            served = ", ".join(self._models)
+        if model is not None:
+            return model, None
+        model = self._models.get(base) if at else None
+        if model is None or adapter not in model.adapters:
+            served = ", ".join(self.names)
             raise ApiError(
                 404,
                 f"no such model; this gateway serves {served}",
                 code="model_not_found",
                 param="model",
             )
-        return model
+        return model, model.adapters[adapter]
 
     @property
     def any_complete(self) -> bool:

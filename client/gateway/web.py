@@ -187,7 +187,7 @@ class Gateway:
         return web.Response(text=self._metrics.text(), content_type="text/plain")
 
     async def _openapi(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response(document([model.name for model in self._shelf.models]))
+        return web.json_response(document(self._shelf.names))
 
     async def _preflight(self, request: web.Request) -> web.StreamResponse:
         origin = request.headers.get("Origin", "")
@@ -206,19 +206,20 @@ class Gateway:
     async def _models(self, request: web.Request) -> web.StreamResponse:
         self._identify(request)
         return web.json_response(
-            {"object": "list", "data": [_model_json(model) for model in self._shelf.models]}
+            {"object": "list", "data": [_model_json(*named) for named in self._shelf.named]}
         )
 
     async def _model(self, request: web.Request) -> web.StreamResponse:
         self._identify(request)
-        return web.json_response(_model_json(self._shelf.find(request.match_info["model"])))
+        name = request.match_info["model"]
+        return web.json_response(_model_json(name, self._shelf.find(name)[0]))
 
     # --- answers
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         caller = self._identify(request)
         self._admission.count_request(caller)
         body = await self._body(request, ChatBody)
-        model = self._shelf.find(body.model)
+        model, adapter = self._shelf.find(body.model)
         settings = body.settings(self._settings)
         prompt_ids = await model.encode_chat(
             [
@@ -229,13 +230,13 @@ class Gateway:
                 for message in body.messages
             ]
         )
-        return await self._desk.answer(request, model, body, prompt_ids, settings)
+        return await self._desk.answer(request, model, body, adapter, prompt_ids, settings)
 
     async def _text(self, request: web.Request) -> web.StreamResponse:
         caller = self._identify(request)
         self._admission.count_request(caller)
         body = await self._body(request, TextBody)
-        model = self._shelf.find(body.model)
+        model, adapter = self._shelf.find(body.model)
         settings = body.settings(self._settings)
         match body.prompt:
             case str() as text:
@@ -244,12 +245,12 @@ class Gateway:
                 prompt_ids = await model.encode(text)
             case ids:
                 prompt_ids = model.check_ids([item for item in ids if isinstance(item, int)])
-        return await self._desk.answer(request, model, body, prompt_ids, settings)
+        return await self._desk.answer(request, model, body, adapter, prompt_ids, settings)
 
 
-def _model_json(model: ServedModel) -> dict[str, Any]:
+def _model_json(name: str, model: ServedModel) -> dict[str, Any]:
     return {
-        "id": model.name,
+        "id": name,
         "object": "model",
         "created": model.created_unix_s,
         "owned_by": "swarm",

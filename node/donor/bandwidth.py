@@ -7,7 +7,9 @@ the rate is the cap, however many streams there are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from swarm.ports import (
     Buffer,
@@ -58,7 +60,7 @@ class Network(Transport, Directory, Protocol):
 
 
 class CappedNetwork:
-    """A network whose streams share two paces. Implements both ports; the directory is not capped."""
+    """A network whose streams share two paces; the directory is not capped."""
 
     def __init__(self, network: Network, up: Pace, down: Pace) -> None:
         self._network = network

@@ -36,7 +36,7 @@ class Day:
     sent_bytes: int = 0
     received_bytes: int = 0
     energy_wh: float = 0.0
-    """Of processor and GPU while online, where they tell."""
+    """Of this node's work, where the computer tells or the owner declares it."""
     rested_for: dict[str, float] = field(default_factory=dict)
     """Seconds by reason."""
 
@@ -49,6 +49,7 @@ class Totals:
     tokens: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    energy_j: float = 0.0
 
 
 class Diary:
@@ -78,9 +79,7 @@ class Diary:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             log.warning("the diary in %s cannot be read: %s", self._path, error)
 
-    def note(
-        self, now_s: float, *, online: bool, reasons: tuple[str, ...], power_w: float | None
-    ) -> None:
+    def note(self, now_s: float, *, online: bool, reasons: tuple[str, ...]) -> None:
         """Add the time since the last note; ``now_s`` is a clock that never goes back."""
         gap_s = 0.0 if self._noted_s is None else now_s - self._noted_s
         gap_s = gap_s if gap_s <= LONGEST_GAP_S else 0.0
@@ -99,7 +98,7 @@ class Diary:
             tokens=today.tokens + totals.tokens - before.tokens,
             sent_bytes=today.sent_bytes + totals.sent_bytes - before.sent_bytes,
             received_bytes=today.received_bytes + totals.received_bytes - before.received_bytes,
-            energy_wh=today.energy_wh + (gap_s * (power_w or 0.0) / 3600 if online else 0.0),
+            energy_wh=today.energy_wh + (totals.energy_j - before.energy_j) / 3600,
             rested_for=rested_for,
         )
 

@@ -172,7 +172,6 @@ class Guard:
             self._clock.monotonic_s(),
             online=self._is_online,
             reasons=self.reasons,
-            power_w=self._readings.power_w,
         )
 
     # --- what the owner does

@@ -20,10 +20,10 @@ from typing import Protocol
 import psutil
 
 from swarm.node.donor.readings import Readings
+from swarm.node.energy import rapl_counters
 
 GPU_TIMEOUT_S = 5.0
 GPU_PERIOD_S = 10.0
-RAPL = Path("/sys/class/powercap")
 INPUT_DEVICES = Path("/dev/input")
 TERMINALS = Path("/dev/pts")
 
@@ -39,7 +39,8 @@ class SystemSensors:
 
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
-        self._energy: tuple[float, dict[Path, int]] | None = None
+        self._counters = rapl_counters()
+        self._counted: tuple[float, list[float]] | None = None
         self._gpus = _NvidiaGpus()
 
     async def read(self) -> Readings:
@@ -60,20 +61,18 @@ class SystemSensors:
         )
 
     def _processor_power_w(self) -> float | None:
-        """Since the last reading, by the processor's energy counters (RAPL)."""
+        """On average since the last reading, by the processor's energy counters."""
         now_s = time.monotonic()
-        counters: dict[Path, int] = {}
-        for file in RAPL.glob("*:?/energy_uj"):
-            with contextlib.suppress(OSError, ValueError):
-                counters[file] = int(file.read_text())
-        before, self._energy = self._energy, (now_s, counters)
-        if before is None or not counters or now_s <= before[0]:
+        try:
+            counted_j = [counter.read_j() for counter in self._counters]
+        except (OSError, ValueError):
             return None
-        # A counter that has wrapped around counts as nothing this time.
-        used_uj = sum(
-            max(0, value - before[1].get(file, value)) for file, value in counters.items()
-        )
-        return used_uj / 1e6 / (now_s - before[0])
+        before, self._counted = self._counted, (now_s, counted_j)
+        if before is None or not counted_j or now_s <= before[0]:
+            return None
+        # A counter that has begun anew counts as nothing this time.
+        pairs = zip(before[1], counted_j, strict=True)
+        return sum(max(0.0, now - then) for then, now in pairs) / (now_s - before[0])
 
 
 def _on_battery() -> bool | None:

@@ -16,12 +16,15 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+import torch
 from playwright.async_api import Page, expect
+from transformers import AutoModelForCausalLM
 
 from scripts.local_gateway import LocalGateway
 from scripts.local_swarm import SWARM_NODE, LocalSwarm, Member, Span, SwarmPlan
 from scripts.process_keeper import KeptProcess
 from swarm.node.control import running_node
+from tests.adapter_making import make_adapter
 from tests.e2e.browser import PHONE, Visit, visit
 
 QUESTION = "Name the planets in order and say one thing about each."
@@ -38,11 +41,25 @@ def swarm(smollm2_path: Path) -> Iterator[LocalSwarm]:
 
 
 @pytest.fixture(scope="module")
+def adapter(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random: what it says is another text."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model: Any = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32)
+    make_adapter(model, folder, std=0.1, target_modules=["q_proj", "v_proj"])
+    return folder
+
+
+@pytest.fixture(scope="module")
 def gateway(
-    swarm: LocalSwarm, smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory
+    swarm: LocalSwarm,
+    smollm2_path: Path,
+    adapter: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[LocalGateway]:
     folder = tmp_path_factory.mktemp("gateway")
-    with LocalGateway(smollm2_path, swarm.peers, folder) as gateway:
+    with LocalGateway(
+        smollm2_path, swarm.peers, folder, "--adapter", f"parrot={adapter}"
+    ) as gateway:
         yield gateway
         code = gateway.stop()
         assert code == 0, gateway.log
@@ -114,6 +131,12 @@ async def test_an_answer_on_the_chat_page(swarm: LocalSwarm, gateway: LocalGatew
         await expect(here.page.locator(".served .speed")).to_contain_text("tokens per second")
         await is_fine(here)
         await here.picture("chat-answer")
+        # The same question to the same model with an adapter.
+        await here.page.click("#new")
+        await here.page.select_option("#adapter", "parrot")
+        await ask(here.page, QUESTION)
+        assert await finished(here.page) != text
+        await here.picture("chat-adapter")
     assert await until_freed(swarm.nodes, 10) < 10
 
 

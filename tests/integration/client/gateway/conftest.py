@@ -16,6 +16,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from swarm.client.adapter_push import AdapterSource
 from swarm.client.gateway.keys import KeyFile, make_key
 from swarm.client.gateway.process import Listening, serve
 from swarm.client.gateway.settings import GatewaySettings
@@ -186,7 +187,11 @@ def run_gateway(make_swarm: Any, tmp_path: Path) -> RunGateway:
 
     @asynccontextmanager
     async def run(
-        *, with_key: bool = True, key_limits: dict[str, Any] | None = None, **changes: Any
+        *,
+        with_key: bool = True,
+        key_limits: dict[str, Any] | None = None,
+        adapters: dict[str, AdapterSource] | None = None,
+        **changes: Any,
     ) -> AsyncIterator[Running]:
         shape = {"vocab_size": 259, "max_position_embeddings": 512, "num_hidden_layers": BLOCKS}
         tiny = make_swarm("llama", **shape)
@@ -209,7 +214,7 @@ def run_gateway(make_swarm: Any, tmp_path: Path) -> RunGateway:
         )
         stop = asyncio.Event()
         listening: asyncio.Future[Listening] = asyncio.get_running_loop().create_future()
-        served = ServedModel("tiny", model, swarm)
+        served = ServedModel("tiny", model, swarm, adapters)
         task = asyncio.create_task(
             serve(settings, swarm, [served], ClientMetrics(), keys, listening.set_result, stop)
         )

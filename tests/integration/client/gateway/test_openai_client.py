@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import openai
 import pytest
 import torch
 
+from swarm.protocol.adapter_index import AdapterIndex, ModuleSpec
 from tests.integration.client.gateway.waiting import until
 
 MESSAGES: Any = [{"role": "user", "content": "Hello?"}]
@@ -33,6 +35,30 @@ async def test_models(run_gateway: Any) -> None:
         with pytest.raises(openai.NotFoundError) as caught:
             await client.models.retrieve("huge")
         assert caught.value.code == "model_not_found"
+
+
+class NoBytes:
+    """An adapter that only has a name."""
+
+    index = AdapterIndex(b"", ())
+
+    def read(self, module: ModuleSpec) -> Sequence[bytes]:
+        raise AssertionError("the tiny swarm computes without it")
+
+
+async def test_adapters_are_models(run_gateway: Any) -> None:
+    law = NoBytes()
+    async with run_gateway(adapters={"law": law}) as running:
+        client = running.openai()
+        listed = [model.id for model in (await client.models.list()).data]
+        assert listed == ["tiny", "tiny@law"]
+        for name, adapter in (("tiny", None), ("tiny@law", law)):
+            reply = await client.completions.create(model=name, prompt="Once", max_tokens=2)
+            assert reply.model == name
+            assert running.swarm.client.chains[-1].request.adapter is adapter
+        for name in ("tiny@", "tiny@medicine", "@law", "huge@law", "tiny@law@law"):
+            with pytest.raises(openai.NotFoundError, match="tiny@law"):
+                await client.completions.create(model=name, prompt="Once")
 
 
 async def test_chat(run_gateway: Any) -> None:

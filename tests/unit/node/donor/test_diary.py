@@ -21,13 +21,13 @@ class Life:
     def go(self, seconds: float, *, online: bool = True, reasons: tuple[str, ...] = ()) -> None:
         self.now += timedelta(seconds=seconds)
         self.monotonic_s += seconds
-        self.diary.note(self.monotonic_s, online=online, reasons=reasons, power_w=36)
+        self.diary.note(self.monotonic_s, online=online, reasons=reasons)
 
 
 def test_a_day_is_what_happened_on_it(tmp_path: Path) -> None:
     life = Life(tmp_path / "diary.json")
     life.go(0)
-    life.totals = Totals(sessions=2, tokens=50, sent_bytes=1000, received_bytes=500)
+    life.totals = Totals(sessions=2, tokens=50, sent_bytes=1000, received_bytes=500, energy_j=3600)
     life.go(100)
     life.go(50, online=False, reasons=("paused",))
     today = life.diary.today
