@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from swarm.gate import Gate
 from swarm.ports import (
     Buffer,
     Clock,
@@ -123,6 +124,10 @@ class CappedStream:
     @property
     def relayed(self) -> bool:
         return self._stream.relayed
+
+    @property
+    def gate(self) -> Gate | None:
+        return self._stream.gate
 
     async def send(self, *buffers: Buffer) -> None:
         await self._up.pay(sum(map(len, buffers)))
