@@ -24,6 +24,9 @@ from swarm.protocol.version import STREAM_PROTOCOL
 
 SLOWEST_BYTES_PER_S = 128 * 1024
 """An upload that is slower than a weak home line is given up."""
+QUEUE_S = 20.0
+FETCH_S = 25.0
+"""For a node that tries to get it from peers first."""
 _PIECE_BYTES = 4096
 _PIECES = 15
 _TENSOR_BYTES = MAX_PAYLOAD_BYTES // 4
@@ -36,13 +39,18 @@ class AdapterSource(Protocol):
     @property
     def index(self) -> AdapterIndex: ...
 
+    @property
+    def catalogue_name(self) -> str:
+        """``NAME@REVISION`` by which nodes may fetch it from peers; empty: they cannot."""
+
     def read(self, module: ModuleSpec) -> Sequence[bytes]:
         """The bytes of a module's tensors, in the order of ``ModuleSpec.tensors``."""
 
 
 def push_timeout_s(source: AdapterSource) -> float:
-    """How long bringing it to one node may take."""
-    return 15.0 + source.index.size_bytes / SLOWEST_BYTES_PER_S
+    """How long bringing it to one node may take; others may be before us."""
+    fetching_s = FETCH_S if source.catalogue_name else 0.0
+    return QUEUE_S + fetching_s + source.index.size_bytes / SLOWEST_BYTES_PER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +58,7 @@ class Pushed:
     """What it took."""
 
     sent_bytes: int
-    """Of tensors; 0 when the node had the adapter already."""
+    """Of tensors; 0 when the node had the adapter already, or got it from peers."""
 
 
 async def push_adapter(
@@ -77,6 +85,7 @@ async def push_adapter(
                     adapter_id=index.adapter_id,
                     model_revision=model_revision,
                     index_bytes=len(index.encoded),
+                    catalogue_name=source.catalogue_name,
                 ),
                 only_for=only_for,
             )
@@ -85,6 +94,10 @@ async def push_adapter(
                 return Pushed(0)
             for part in _index_parts(index.encoded):
                 await connection.send(part)
+            if source.catalogue_name:
+                status = await connection.receive_only(AdapterStatus)
+                if status.loaded:
+                    return Pushed(0)
             # What the node refuses, it says at once: do not send the rest into the void.
             answer = asyncio.create_task(connection.receive_only(AdapterStatus))
             try:

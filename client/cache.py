@@ -14,7 +14,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from swarm.client.background import BackgroundLoop
-from swarm.client.remote_blocks import RemoteBlocks, RemoteChain
+from swarm.client.remote_blocks import RemoteBlocks
+from swarm.client.remote_chain import RemoteChain
 from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
 from swarm.protocol.errors import NoRouteError, UsageError
 from swarm.protocol.tensors import WireTensor

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from swarm.client.adapter_push import AdapterSource
 from swarm.client.config import SamplingSettings
 from swarm.client.generate import LocalModel, TextPiece, TextSession
-from swarm.client.remote_blocks import ChainOpener
+from swarm.client.remote_blocks import ChainOpener, SessionAdapter
 from swarm.protocol.errors import UsageError
 
 
@@ -22,16 +21,23 @@ class Conversation:
         *,
         system: str | None = None,
         maximum_tokens: int,
-        adapter: AdapterSource | None = None,
     ) -> None:
         """``maximum_tokens`` is what the nodes reserve. Raises UsageError without chat template."""
         if not model.has_chat_template:
             raise UsageError("this model has no chat template; use swarm generate --raw instead")
+        self._client = client
         self._model = model
         self._maximum_tokens = min(maximum_tokens, model.maximum_tokens)
-        self._session = TextSession(client, model, self._maximum_tokens, adapter=adapter)
+        self._session = TextSession(client, model, self._maximum_tokens)
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[dict[str, str]] = []
+
+    async def use_adapter(self, adapter: SessionAdapter | None) -> None:
+        """Go on with another adapter, or with none; what is cached on the nodes is given up."""
+        await self._session.close()
+        self._session = TextSession(
+            self._client, self._model, self._maximum_tokens, adapter=adapter
+        )
 
     @property
     def turns(self) -> list[dict[str, str]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from swarm.client.adapter_commands import adapters
 from swarm.client.authority_commands import authority
 from swarm.client.config import SamplingSettings
 from swarm.client.finetune.commands import finetune
@@ -34,8 +35,9 @@ from swarm.client.witness_commands import witness_app
 from swarm.protocol.errors import SwarmError, UsageError
 
 if TYPE_CHECKING:
-    from swarm.catalogue.adapter import AdapterFiles
+    from swarm.client.adapters import FoundAdapter
     from swarm.client.chat import Conversation
+    from swarm.client.remote_blocks import SessionAdapter
 
 DEFAULT_CONTEXT_TOKENS = 4096
 
@@ -59,6 +61,7 @@ app.add_typer(gateway_app)
 app.add_typer(status_app)
 app.add_typer(models, name="models")
 app.add_typer(authority, name="authority")
+app.add_typer(adapters, name="adapters")
 
 # --- flags that several commands share -----------------------------------------------------------
 Model = Annotated[
@@ -88,8 +91,9 @@ Adapter = Annotated[
     str | None,
     typer.Option(
         "--adapter",
-        metavar="PATH",
-        help="Answer with this adapter: a folder with a LoRA or DoRA adapter in PEFT's format.",
+        metavar="NAME|PATH|auto",
+        help="Answer with this adapter: a name in the catalogue, a folder with a LoRA or DoRA "
+        "adapter in PEFT's format, or auto to pick one by the prompt's language and subject.",
     ),
 ]
 System = Annotated[
@@ -147,16 +151,16 @@ def generate(
         text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
         if not text.strip():
             raise UsageError("the prompt is empty")
-        source = _adapter(adapter, model)
         with joined(model, settings) as swarm:
             from swarm.client.generate import stream_generate
 
             messages = [*_system_message(system), {"role": "user", "content": text}]
             prompt_ids = swarm.model.encode(text) if raw else swarm.model.encode_chat(messages)
+            found = _found_adapter(swarm, adapter, text)
             pieces = stream_generate(
-                swarm.client, swarm.model, prompt_ids, sampling, adapter=source
+                swarm.client, swarm.model, prompt_ids, sampling, adapter=_source(found)
             )
-            answer = Answer(shown=not as_json)
+            answer = Answer(shown=not as_json, adapter=found)
             swarm.background.run(answer.follow(pieces))
             answer.report(as_json)
 
@@ -201,19 +205,14 @@ def chat(
             seed=seed,
         )
         settings = settings_from(peers, dtype, config, policy)
-        source = _adapter(adapter, model)
         with joined(model, settings) as swarm:
             from swarm.client.chat import Conversation
 
             conversation = Conversation(
-                swarm.client,
-                swarm.model,
-                system=system,
-                maximum_tokens=max_context,
-                adapter=source,
+                swarm.client, swarm.model, system=system, maximum_tokens=max_context
             )
             try:
-                _talk(swarm, conversation, sampling, as_json)
+                _talk(swarm, conversation, sampling, as_json, adapter)
             finally:
                 swarm.background.run(conversation.close())
 
@@ -232,12 +231,17 @@ def main() -> None:
 
 # --- conversations -------------------------------------------------------------------------------
 def _talk(
-    swarm: Swarm, conversation: Conversation, sampling: SamplingSettings, as_json: bool
+    swarm: Swarm,
+    conversation: Conversation,
+    sampling: SamplingSettings,
+    as_json: bool,
+    adapter: str | None,
 ) -> None:
-    """The turns of a chat, until the user leaves."""
+    """The turns of a chat, until the user leaves; an adapter is picked by the first of them."""
     interactive = sys.stdin.isatty() and not as_json
     if interactive:
         note("/quit leaves, /new starts over, Ctrl-C stops an answer")
+    found: FoundAdapter | None = None
     while True:
         try:
             line = input("> " if interactive else "").strip()
@@ -252,7 +256,10 @@ def _talk(
             continue
         if not line:
             continue
-        answer = Answer(shown=not as_json)
+        if not conversation.turns:
+            found = _found_adapter(swarm, adapter, line)
+            swarm.background.run(conversation.use_adapter(_source(found)))
+        answer = Answer(shown=not as_json, adapter=found)
         try:
             swarm.background.run(answer.follow(conversation.answer(line, sampling)))
         except KeyboardInterrupt:
@@ -267,14 +274,23 @@ def _talk(
         answer.report(as_json)
 
 
-def _adapter(name: str | None, model: str) -> AdapterFiles | None:
-    """The adapter that was asked for, checked against the model."""
-    if name is None:
+def _found_adapter(swarm: Swarm, wanted: str | None, prompt: str) -> FoundAdapter | None:
+    """The adapter that was asked for; what was picked and why is said."""
+    if wanted is None:
         return None
-    from swarm.catalogue.checkpoint import Checkpoint, resolve_checkpoint
-    from swarm.client.adapters import open_adapter
+    from swarm.client.adapters import find_adapter
 
-    return open_adapter(name, Checkpoint.open(resolve_checkpoint(model)))
+    library = swarm.client.library()
+    found = swarm.background.run(
+        find_adapter(wanted, swarm.model.checkpoint, library, prompt=prompt)
+    )
+    if found.reason:
+        note(f"adapter: {found.name or 'none, the bare model answers'} ({found.reason})")
+    return found
+
+
+def _source(found: FoundAdapter | None) -> SessionAdapter | None:
+    return None if found is None else found.source
 
 
 def _system_message(system: str | None) -> list[dict[str, str]]:

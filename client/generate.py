@@ -22,12 +22,12 @@ from typing import Any, Self
 from transformers import AutoTokenizer, GenerationConfig
 
 from swarm.catalogue.checkpoint import Checkpoint, resolve_checkpoint
-from swarm.client.adapter_push import AdapterSource
 from swarm.client.choosing import ChoiceQueue, TokenChooser
 from swarm.client.config import SamplingSettings
 from swarm.client.constraints import JsonConstraints
 from swarm.client.ends import ModelEnds, read_generation_config, remote_blocks
-from swarm.client.remote_blocks import ChainOpener, RemoteBlocks, RemoteChain
+from swarm.client.remote_blocks import ChainOpener, RemoteBlocks, SessionAdapter
+from swarm.client.remote_chain import RemoteChain
 from swarm.client.text_stream import IncrementalDetokenizer, StopStrings
 from swarm.client.token_logits import TokenLogprob
 from swarm.protocol.errors import (
@@ -136,8 +136,10 @@ class LocalModel:
         blocks_of: Callable[[ChainOpener], RemoteBlocks],
         tokenizer: Any,
         end_token_ids: frozenset[int],
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self.ends = ends
+        self._checkpoint = checkpoint
         self.tokenizer = tokenizer
         self.end_token_ids = end_token_ids
         self.blocks_of = blocks_of
@@ -163,7 +165,15 @@ class LocalModel:
             partial(remote_blocks, checkpoint=checkpoint, ends=ends, dtype=dtype),
             tokenizer,
             _end_tokens(read_generation_config(checkpoint, ends.config), tokenizer),
+            checkpoint,
         )
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What it was loaded from. Raises UsageError when it was made in memory."""
+        if self._checkpoint is None:
+            raise UsageError("this model was not loaded from a checkpoint")
+        return self._checkpoint
 
     @property
     def maximum_tokens(self) -> int:
@@ -220,7 +230,7 @@ class TextSession:
         model: LocalModel,
         maximum_tokens: int,
         *,
-        adapter: AdapterSource | None = None,
+        adapter: SessionAdapter | None = None,
     ) -> None:
         """``maximum_tokens`` is what the nodes reserve: prompt and answers together.
 
@@ -369,7 +379,7 @@ async def stream_generate(
     prompt_ids: Sequence[int],
     settings: SamplingSettings | None = None,
     *,
-    adapter: AdapterSource | None = None,
+    adapter: SessionAdapter | None = None,
 ) -> AsyncGenerator[TextPiece, None]:
     """Generate in a session of its own, which is freed at the end, on errors and on cancellation.
 

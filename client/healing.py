@@ -25,7 +25,7 @@ MENDS_WITHOUT_RESULT = 3
 JOINT_GRACE_S = 0.2
 """A stream between two hops that breaks mostly means that one of them is gone: its own stream to
 the client then breaks too, a moment later."""
-_NO_ROOM = (ErrorCode.NO_CAPACITY, ErrorCode.TOO_MANY_SESSIONS)
+_NO_ROOM = (ErrorCode.NO_CAPACITY, ErrorCode.TOO_MANY_SESSIONS, ErrorCode.ADAPTER_NO_ROOM)
 
 
 class Patience:

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from swarm.catalogue.checkpoint import Checkpoint
-from swarm.client.adapters import open_adapter
+from swarm.client.adapters import find_adapter
 from swarm.client.background import BackgroundLoop
 from swarm.client.cache import RemoteSession, SwarmCache
 from swarm.client.config import ClientSettings
@@ -109,9 +109,12 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
                 client = background.run(SwarmClient.connect(settings))
                 path = background.run(client.fetch_ends(model_name_or_path))
             checkpoint = Checkpoint.open(path)
-            source = None if adapter is None else open_adapter(adapter, checkpoint)
             ends = ModelEnds.load(checkpoint, dtype=settings.dtype, device=device)
             client = client or background.run(SwarmClient.connect(settings))
+            source = None
+            if adapter is not None:
+                found = find_adapter(str(adapter), checkpoint, client.library())
+                source = background.run(found).source
         except BaseException:
             if client is not None:
                 background.run(client.close())

@@ -253,7 +253,7 @@ def publish(
 
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is no folder")
-        identity = _publisher(key)
+        identity = publisher(key)
         attributes = dict(_attribute(item) for item in attribute or ())
         described = describe_directory(
             directory, name=name, licence=licence, base=base, attributes=attributes
@@ -359,7 +359,7 @@ def _attribute(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _publisher(key: Path | None) -> Identity:
+def publisher(key: Path | None) -> Identity:
     from swarm.catalogue.resolve import models_directory
     from swarm.protocol.identity import Identity
 

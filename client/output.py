@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 from swarm.protocol.errors import NoRouteError, RemoteError, SwarmError
 
 if TYPE_CHECKING:
+    from swarm.client.adapters import FoundAdapter
     from swarm.client.generate import GenerationResult, TextPiece
 
 
 class Answer:
     """Shows an answer while it comes, and remembers it should it be interrupted."""
 
-    def __init__(self, *, shown: bool) -> None:
+    def __init__(self, *, shown: bool, adapter: FoundAdapter | None = None) -> None:
         self._shown = shown
+        self._adapter = adapter
         self.text = ""
         self.result: GenerationResult | None = None
 
@@ -37,9 +39,16 @@ class Answer:
         if self.result is None:
             return
         if as_json:
-            print(json.dumps(result_to_json(self.result)), flush=True)
+            print(json.dumps(result_to_json(self.result) | self._adapter_to_json()), flush=True)
         else:
             note(describe(self.result))
+
+    def _adapter_to_json(self) -> dict[str, Any]:
+        found = self._adapter
+        if found is None:
+            return {}
+        adapter_id = found.files.adapter_id.hex() if found.files is not None else None
+        return {"adapter": {"name": found.name, "id": adapter_id, "reason": found.reason}}
 
 
 def result_to_json(result: GenerationResult) -> dict[str, Any]:

@@ -10,31 +10,14 @@ from typing import Protocol
 
 from swarm.client.adapter_push import AdapterSource
 from swarm.client.hops import SessionRequest
+from swarm.client.prefixed_chain import PrefixedChain, PromptPrefix
+from swarm.client.remote_chain import RemoteChain
 from swarm.protocol.errors import UsageError
 from swarm.protocol.messages import MAX_ROWS, MAX_TOKENS
-from swarm.protocol.tensors import DType, WireTensor
-from swarm.routing import ChainPlan
+from swarm.protocol.tensors import DType
 
-
-class RemoteChain(Protocol):
-    """What is needed of a chain; ``client.chain.Chain`` is one."""
-
-    @property
-    def plan(self) -> ChainPlan: ...
-
-    @property
-    def passes(self) -> int: ...
-
-    async def step(
-        self,
-        activations: WireTensor,
-        position: int,
-        *,
-        output_tokens: int,
-        row_order: tuple[int, ...] = (),
-    ) -> WireTensor: ...
-
-    async def close(self) -> None: ...
+SessionAdapter = AdapterSource | PromptPrefix
+"""What the nodes add to their layers, or what the client sends ahead."""
 
 
 class ChainOpener(Protocol):
@@ -67,9 +50,17 @@ class RemoteBlocks:
     adapter: AdapterSource | None = None
     """What the blocks compute with; None: the bare model."""
 
-    def with_adapter(self, adapter: AdapterSource | None) -> RemoteBlocks:
+    prefix: PromptPrefix | None = None
+    """Virtual tokens in front of every session, in the wire dtype."""
+
+    def with_adapter(self, adapter: SessionAdapter | None) -> RemoteBlocks:
         """The same blocks with another adapter."""
-        return replace(self, adapter=adapter)
+        if isinstance(adapter, PromptPrefix):
+            from swarm.compute.wire_tensors import converted  # torch, which is there by now
+
+            embeddings = converted(adapter.embeddings, self.wire_dtype)
+            return replace(self, adapter=None, prefix=PromptPrefix(embeddings))
+        return replace(self, adapter=adapter, prefix=None)
 
     async def open_chain(
         self, *, rows: int, maximum_tokens: int, left_padding: tuple[int, ...] = ()
@@ -84,7 +75,12 @@ class RemoteBlocks:
             )
         if not 1 <= maximum_tokens <= MAX_TOKENS:
             raise UsageError(f"a session cannot hold {maximum_tokens} tokens")
-        return await self.client.open_chain(
+        prefix = self.prefix
+        if prefix is not None:
+            maximum_tokens += prefix.tokens
+            if left_padding:
+                raise UsageError("prompts of a batch must be equally long with a prompt adapter")
+        chain = await self.client.open_chain(
             SessionRequest(
                 model_revision=self.revision,
                 hidden_size=self.hidden_size,
@@ -98,3 +94,4 @@ class RemoteBlocks:
             dtype=self.node_dtype,
             model_name=self.model_name,
         )
+        return chain if prefix is None else PrefixedChain(chain, prefix)

@@ -351,7 +351,11 @@ class Router:
 def failure_kind(error: SwarmError) -> FailureKind:
     """How an error on a stream with a peer counts against it."""
     if isinstance(error, RemoteError):
-        full = error.code in (ErrorCode.NO_CAPACITY, ErrorCode.TOO_MANY_SESSIONS)
+        full = error.code in (
+            ErrorCode.NO_CAPACITY,
+            ErrorCode.TOO_MANY_SESSIONS,
+            ErrorCode.ADAPTER_NO_ROOM,
+        )
         return FailureKind.NO_ROOM if full else FailureKind.REFUSED
     if isinstance(error, PeerUnreachable):
         return FailureKind.UNREACHABLE

@@ -29,6 +29,7 @@ from swarm.cached_peers import load_peers
 from swarm.clock_offset import ClockOffsets, CorrectedClock
 from swarm.gate import Gate
 from swarm.membership import Announcer, coverage, read_nodes
+from swarm.node.adapter_weights import CatalogueAdapters
 from swarm.node.addresses import for_people, for_record, is_public
 from swarm.node.advice import Adviser
 from swarm.node.announced_work import AnnouncedWork
@@ -448,6 +449,7 @@ class _Node:
                 session_lifetime_s=settings.session_lifetime_s,
             ),
             gate=self._gate,
+            adapter_catalogue=CatalogueAdapters(self._weights.library, revision),
         )
         await service.start()
         return service

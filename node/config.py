@@ -197,6 +197,9 @@ class NodeSettings(PeerSettings):
     memory_bytes: int | None = None
     """Memory of the device for weights and cache; by default 80 % of what is free."""
 
+    adapter_bytes: int = 256 * 1024**2
+    """Memory for adapters beside weights and cache; those that no session uses make room."""
+
     cache_tokens: int | None = None
     """Tokens that the cache holds over all sessions; by default what fits beside the weights."""
 
@@ -500,6 +503,7 @@ def _check_node(settings: NodeSettings) -> None:
         "number_of_blocks",
         "threads",
         "memory_bytes",
+        "adapter_bytes",
         "cache_tokens",
         "max_sessions",
         "max_sessions_per_peer",

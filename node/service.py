@@ -25,7 +25,7 @@ from swarm.connection import KEEPS_FRAMING, Connection, PassportCheck
 from swarm.gate import Gate
 from swarm.journal import DEFAULT_BUDGET_BYTES, JournalBudget
 from swarm.local_stream import stream_to_ourselves
-from swarm.node.adapter_intake import AdapterIntake
+from swarm.node.adapter_intake import AdapterCatalogue, AdapterIntake
 from swarm.node.engine.api import CacheRequest, Engine
 from swarm.node.engine.training_api import TrainingEngine
 from swarm.node.hop import Hop, HopLimits, HopObserver
@@ -142,6 +142,7 @@ class NodeService:
         clock: Clock,
         limits: ServiceLimits | None = None,
         gate: Gate | None = None,
+        adapter_catalogue: AdapterCatalogue | None = None,
     ) -> None:
         """``gate`` has our own passport, in a swarm with a charter."""
         self._gate = gate
@@ -153,7 +154,7 @@ class NodeService:
         self._clock = clock
         self._limits = limits or ServiceLimits()
         self.journals = JournalBudget(self._limits.journal_bytes)
-        self._adapter_intake = AdapterIntake(clock)
+        self._adapter_intake = AdapterIntake(adapter_catalogue)
         self._training = TrainingService(
             Streams(self._receive, self._dial, self._refused),
             clock=clock,

@@ -528,11 +528,13 @@ class PushAdapter(Message):
     adapter_id: bytes = wire(1, Bytes(DIGEST_BYTES, DIGEST_BYTES))
     model_revision: bytes = wire(2, Bytes(REVISION_BYTES, REVISION_BYTES))
     index_bytes: int = wire(3, Uint(512 * 1024))
+    catalogue_name: str = wire(4, Text(256), "")
+    """``NAME@REVISION`` in the catalogue, from where the node may fetch the tensors itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterStatus(Message):
-    """Node to client: send the index and the tensors of these blocks; or: it is loaded."""
+    """Node to client: send the index, or the tensors of these blocks; or: it is loaded."""
 
     TAG = 36
     loaded: int = wire(1, Uint(1))

@@ -130,6 +130,7 @@ def load_blocks(
             dtype=dtype_name(model.dtype),
             cache_bytes=cache_bytes,
             cache_tokens=settings.cache_tokens,
+            adapter_bytes=settings.adapter_bytes,
             threads=settings.threads,
             progress=progress,
         )

@@ -27,7 +27,7 @@ from swarm.client.app import SwarmClient
 from swarm.client.config import ClientSettings, SamplingSettings
 from swarm.client.generate import LocalModel, stream_generate
 from swarm.client.metrics import ClientMetrics
-from swarm.client.remote_blocks import RemoteChain
+from swarm.client.remote_chain import RemoteChain
 from swarm.node.control import running_node
 
 SPANS = 3

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from swarm.client.remote_blocks import ChainOpener, RemoteChain
+from swarm.client.remote_blocks import ChainOpener
+from swarm.client.remote_chain import RemoteChain
 from swarm.gate import Gate
 from swarm.ports import Buffer, Stream
 from swarm.protocol.codec import PREFIX_BYTES, read_prefix

@@ -69,6 +69,8 @@ class AdapterFiles:
     config: PeftLoraConfig
     file: SafetensorsFile
     _modules: Mapping[tuple[int, str], _StoredModule]
+    catalogue_name: str = ""
+    """``NAME@REVISION``, when it came from the catalogue."""
 
     @classmethod
     def open(cls, directory: str | Path) -> AdapterFiles:
@@ -94,16 +96,14 @@ class AdapterFiles:
         return cls(path, config, file, modules)
 
     @property
+    def base_model(self) -> str:
+        """As its author calls the model; may be empty."""
+        return self.config.base_model
+
+    @property
     def model_revision(self) -> bytes:
         """Of the model that the adapter was made for; empty when the file does not say."""
-        text = self.file.metadata.get(REVISION_KEY, "")
-        try:
-            revision = bytes.fromhex(text)
-        except ValueError:
-            revision = b"?"
-        if len(revision) not in (0, REVISION_BYTES):
-            raise AdapterError(f"{REVISION_KEY} is no revision of a model: {text[:80]!r}")
-        return revision
+        return revision_in(self.file)
 
     @cached_property
     def index(self) -> AdapterIndex:
@@ -146,6 +146,18 @@ class AdapterFiles:
         return TensorSpec(tensor.dtype, tensor.shape, self.file.sha256(tensor))
 
 
+def revision_in(file: SafetensorsFile) -> bytes:
+    """The model's revision in the metadata of a file; may be empty. Raises AdapterError."""
+    text = file.metadata.get(REVISION_KEY, "")
+    try:
+        revision = bytes.fromhex(text)
+    except ValueError:
+        revision = b"?"
+    if len(revision) not in (0, REVISION_BYTES):
+        raise AdapterError(f"{REVISION_KEY} is no revision of a model: {text[:80]!r}")
+    return revision
+
+
 def open_weights(directory: Path, allowed_name: re.Pattern[str]) -> SafetensorsFile:
     """The weights of a PEFT adapter; anything but safetensors is refused. Raises AdapterError."""
     path = directory / WEIGHTS_NAME
@@ -186,18 +198,16 @@ def check_fits(
     index: AdapterIndex,
     checkpoint: Checkpoint,
     *,
-    revision: bytes | None = None,
     blocks: range | None = None,
 ) -> None:
     """Raises AdapterError unless every module is one of the model's linear layers, shape by shape.
 
-    ``revision`` is that of the model, where it is known already; ``blocks`` those to be looked at.
+    ``blocks`` are those to be looked at; None: all.
     """
-    own = checkpoint.revision if revision is None else revision
-    if index.model_revision and index.model_revision != own:
+    if index.model_revision and index.model_revision != checkpoint.revision:
         raise AdapterError(
             "the adapter was made for another model, or another revision of it: "
-            f"{index.model_revision.hex()[:16]}… and not {own.hex()[:16]}…"
+            f"{index.model_revision.hex()[:16]}… and not {checkpoint.revision.hex()[:16]}…"
         )
     for module in index.modules:
         if blocks is not None and module.block not in blocks:

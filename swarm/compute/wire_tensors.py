@@ -44,6 +44,11 @@ def tensor_to_wire(tensor: torch.Tensor, dtype: DType) -> WireTensor:
     return WireTensor(dtype, tuple(converted.shape), byte_view(converted))
 
 
+def converted(tensor: WireTensor, dtype: DType) -> WireTensor:
+    """The same numbers in another dtype."""
+    return tensor if tensor.dtype is dtype else tensor_to_wire(tensor_from_wire(tensor), dtype)
+
+
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
     flat: Any = tensor.view(-1).view(torch.uint8).numpy()

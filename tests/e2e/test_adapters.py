@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 import urllib.request
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +22,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts.local_swarm import LocalSwarm, Span, SwarmPlan
+from scripts.process_keeper import KeptProcess
 from swarm.catalogue.adapter import AdapterFiles
+from swarm.catalogue.checkpoint import Checkpoint
 from swarm.client import SwarmModelForCausalLM
+from swarm.client.adapters import AUTO, FoundAdapter, find_adapter
 from swarm.client.app import SwarmClient
 from swarm.client.config import ClientSettings, SamplingSettings
 from swarm.client.generate import LocalModel, TextSession
+from swarm.protocol.errors import AdapterError
 from tests.adapter_making import make_adapter
 
 SPANS = (Span(0, 15), Span(15, 30), Span(0, 15))
@@ -148,23 +156,108 @@ def test_the_sdk(swarm: LocalSwarm, smollm2_path: Path, references: dict[str, Re
     assert new == references["dora"].token_ids[: len(new)]
 
 
-def run_swarm(*arguments: str) -> tuple[int, dict[str, Any]]:
+def run_swarm(*arguments: str, home: Path) -> tuple[int, dict[str, Any]]:
+    """One command of somebody whose files are in ``home``; its exit code and JSON."""
     done = subprocess.run(
-        [str(SWARM), *arguments, "--json"], capture_output=True, text=True, timeout=120, check=False
+        [str(SWARM), *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "XDG_DATA_HOME": str(home)},
     )
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 
 
-def test_the_command_line(
-    swarm: LocalSwarm, smollm2_path: Path, references: dict[str, Reference], tmp_path: Path
+@pytest.fixture
+def asked(swarm: LocalSwarm, smollm2_path: Path) -> list[str]:
+    """A question as a user asks it, without the adapter."""
+    limit = ["--max-new-tokens", str(NEW_TOKENS), "--peers", swarm.peers[0]]
+    return ["generate", str(smollm2_path), PROMPT, "--raw", "--dtype", "float32", *limit]
+
+
+@contextmanager
+def published(
+    directory: Path, swarm: LocalSwarm, smollm2_path: Path, home: Path
+) -> Iterator[dict[str, Any]]:
+    """Somebody publishes an adapter and serves it; what the manifest says."""
+    command = [str(SWARM), "adapters", "publish", str(directory), "--name", "swahili-instruct"]
+    command += ["--base", str(smollm2_path), "--language", "sw", "--licence", "CC-BY-4.0"]
+    command += ["--data", "speeches", "--copies", "9", "--peers", swarm.peers[0], "--json"]
+    with KeptProcess(
+        command,
+        environment={**os.environ, "XDG_DATA_HOME": str(home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        assert process.stdout is not None
+        yield json.loads(process.stdout.readline())
+        process.stop()
+
+
+def test_published_listed_and_asked_by_name(
+    swarm: LocalSwarm,
+    smollm2_path: Path,
+    references: dict[str, Reference],
+    asked: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    common = ["generate", str(smollm2_path), PROMPT, "--raw", "--dtype", "float32"]
-    common += ["--peers", swarm.peers[0], "--max-new-tokens", str(NEW_TOKENS)]
-    code, answer = run_swarm(*common, "--adapter", str(references["lora"].directory))
-    assert code == 0, answer
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
-    assert answer["text"] == tokenizer.decode(references["lora"].token_ids)
-    code, answer = run_swarm(*common, "--adapter", str(tmp_path))
-    assert code == 2
-    assert "is no adapter" in answer["error"]
+    """What the README shows, by two people with a home of their own."""
+    reference = references["lora"]
+    assert reference.directory is not None
+    text = AutoTokenizer.from_pretrained(smollm2_path).decode(reference.token_ids)
+    user = tmp_path / "user"
+    with published(reference.directory, swarm, smollm2_path, tmp_path / "author") as manifest:
+        assert manifest["adapter_id"] == AdapterFiles.open(reference.directory).adapter_id.hex()
+        deadline_s = time.monotonic() + 60
+        rows: list[dict[str, Any]] = []
+        while not rows and time.monotonic() < deadline_s:
+            code, listed = run_swarm("adapters", "list", "--peers", swarm.peers[0], home=user)
+            assert code == 0, listed
+            rows = listed["adapters"]
+        (row,) = rows
+        assert row["languages"] == ["sw"]
+        assert row["licence"] == "CC-BY-4.0"
+        assert row["publishers"] == manifest["publishers"]
+        code, answer = run_swarm(*asked, "--adapter", "swahili-instruct", home=user)
+        assert (code, answer.get("text")) == (0, text), answer
+        assert answer["adapter"]["id"] == manifest["adapter_id"]
+        monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "another user"))
+        swahili, english, unknown = asyncio.run(ask_for_adapters(swarm, smollm2_path))
+    assert swahili.name == "swahili-instruct"
+    assert "the prompt is in sw" in swahili.reason
+    assert swahili.files is not None
+    assert swahili.files.adapter_id.hex() == manifest["adapter_id"]
+    assert english.files is None
+    assert "no served adapter is for en" in english.reason
+    assert "neither a folder nor in the catalogue" in unknown
+    # What was fetched chunk by chunk is a folder that PEFT loads.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from peft import PeftModel
+
+        whole = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32)
+        loaded: Any = PeftModel.from_pretrained(whole, str(swahili.files.directory)).eval()
+    inputs = AutoTokenizer.from_pretrained(smollm2_path)(PROMPT, return_tensors="pt")
+    with torch.inference_mode():
+        first = loaded(**inputs, use_cache=False).logits[0, -1].argmax()
+    assert int(first) == reference.token_ids[0]
+
+
+async def ask_for_adapters(
+    swarm: LocalSwarm, model: Path
+) -> tuple[FoundAdapter, FoundAdapter, str]:
+    """What ``--adapter auto`` finds for two prompts, and the error for a name that is not there."""
+    checkpoint = Checkpoint.open(model)
+    async with await SwarmClient.connect(ClientSettings(peers=tuple(swarm.peers))) as client:
+        library = client.library()
+        prompts = (
+            "Habari za asubuhi, ninaomba unisaidie kuandika barua kwa mwalimu wangu.",
+            "Why is the sky blue in the morning?",
+        )
+        found = [await find_adapter(AUTO, checkpoint, library, prompt=prompt) for prompt in prompts]
+        with pytest.raises(AdapterError) as error:
+            await find_adapter("nobody-knows", checkpoint, library)
+    return found[0], found[1], str(error.value)

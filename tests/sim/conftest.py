@@ -448,8 +448,9 @@ class ToySwarm:
 class ToyAdapter:
     """Random tensors for one linear layer of each block; a source as ``client`` wants it."""
 
-    def __init__(self, seed: int, number_of_blocks: int = 6) -> None:
+    def __init__(self, seed: int, number_of_blocks: int = 6, catalogue_name: str = "") -> None:
         random = Random(seed)
+        self.catalogue_name = catalogue_name
         self.tensors: list[list[bytes]] = []
         modules = []
         for block in range(number_of_blocks):

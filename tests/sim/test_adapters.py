@@ -269,29 +269,32 @@ def test_hostile_pushes_are_refused_and_leave_nothing(toy_swarm: Any, toy_adapte
 
 
 def test_one_peer_brings_two_at_a_time(toy_swarm: Any, toy_adapter: Any) -> None:
+    """Others of it wait their turn, and too many are refused."""
+
     async def main() -> None:
         swarm = toy_swarm(((0, 2),))
         await swarm.start()
-        offers = [
-            PushAdapter(toy_adapter(seed).index.adapter_id, REVISION, 100_000) for seed in range(3)
-        ]
         peer = swarm.nodes[0].peer.peer_id
         connections = []
-        for offer in offers[:2]:
+        for seed in range(16):
             connection = Connection(await swarm.client.open(peer, STREAM_PROTOCOL, ()))
-            await connection.say_hello(offer)
-            await connection.receive_only(AdapterStatus)
+            index = toy_adapter(seed).index
+            await connection.say_hello(PushAdapter(index.adapter_id, REVISION, len(index.encoded)))
             connections.append(connection)
-        assert await push_by_hand(swarm, offers[2]) is ErrorCode.ADAPTER_NO_ROOM
+        answered = [asyncio.create_task(each.receive_only(AdapterStatus)) for each in connections]
+        await asyncio.sleep(3)
+        assert [task.done() for task in answered] == [True] * 2 + [False] * 14
+        refused = PushAdapter(toy_adapter(99).index.adapter_id, REVISION, 1000)
+        assert await push_by_hand(swarm, refused) is ErrorCode.ADAPTER_NO_ROOM
+        await connections[0].close()
+        await answered[2]
         for connection in connections:
             await connection.close()
-        adapter = toy_adapter(2)
-        while True:  # until the node has seen that they are gone
-            try:
-                await push_adapter(swarm.client, peer, (), adapter, model_revision=REVISION)
-                break
-            except RemoteError:
-                await asyncio.sleep(0.1)
+        await asyncio.gather(*answered, return_exceptions=True)
+        pushed = await push_adapter(
+            swarm.client, peer, (), toy_adapter(50), model_revision=REVISION
+        )
+        assert pushed.sent_bytes
 
     run(main)
 
@@ -307,5 +310,50 @@ def test_a_slow_bringer_is_given_up(toy_swarm: Any, toy_adapter: Any) -> None:
             await connection.receive_only(AdapterStatus)
             with pytest.raises((NetworkError, RemoteError, ProtocolError)):
                 await connection.receive_only(AdapterStatus)
+
+    run(main)
+
+
+class ToyCatalogue:
+    """Knows some adapters by name; ``spoilt`` ones come with wrong bytes."""
+
+    def __init__(self, **adapters: Any) -> None:
+        self.adapters = adapters
+        self.spoilt: set[str] = set()
+        self.asked: list[str] = []
+
+    async def fetch(self, name: str, modules: Any) -> Any:
+        self.asked.append(name)
+        adapter = self.adapters.get(name)
+        if adapter is None:
+            return None
+
+        async def read(module: Any) -> list[bytes]:
+            tensors: list[bytes] = adapter.read(module)
+            return [bytes(len(data)) for data in tensors] if name in self.spoilt else tensors
+
+        return read
+
+
+def test_a_node_fetches_from_peers_what_is_in_the_catalogue(
+    toy_swarm: Any, toy_adapter: Any
+) -> None:
+    """And takes it from the client when peers have it not, or have something else."""
+
+    async def main() -> None:
+        swarm = toy_swarm(((0, 2),))
+        known = toy_adapter(1, catalogue_name="known")
+        spoilt = toy_adapter(2, catalogue_name="spoilt")
+        unknown = toy_adapter(3, catalogue_name="unknown")
+        catalogue = ToyCatalogue(known=known, spoilt=spoilt)
+        catalogue.spoilt.add("spoilt")
+        swarm.nodes[0].service._adapter_intake._catalogue = catalogue
+        await swarm.start()
+        peer = swarm.nodes[0].peer.peer_id
+        for adapter, brought in ((known, False), (spoilt, True), (unknown, True)):
+            pushed = await push_adapter(swarm.client, peer, (), adapter, model_revision=REVISION)
+            assert (pushed.sent_bytes > 0) is brought
+            assert adapter.index.adapter_id in swarm.nodes[0].engine.adapters
+        assert catalogue.asked == ["known", "spoilt", "unknown"]
 
     run(main)

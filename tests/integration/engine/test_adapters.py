@@ -27,7 +27,8 @@ SPANS = [(0, 2), (2, 6)]
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
+    """Logits of size 2; another adapter's differ by more than 1, rounding alone by 3e-4."""
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 async def load(engine: SpanEngine, files: AdapterFiles) -> bytes:
@@ -112,23 +113,28 @@ async def test_same_logits_as_peft(
 async def test_two_adapters_and_the_bare_model_in_one_batch(
     make_tiny: MakeTiny, load_chain: LoadChain, tmp_path: Path
 ) -> None:
-    """Five sessions at different positions, of which two have the same adapter."""
+    """Six sessions at different positions, of which two have the same adapter."""
     tiny = make_tiny("llama")
     models = [
         tiny.model,
         make_adapter(tiny.model, tmp_path / "one", seed=1),
-        make_adapter(tiny.model, tmp_path / "two", seed=2, r=3, use_dora=True),
+        make_adapter(
+            tiny.model, tmp_path / "two", seed=2, r=3, target_modules=["q_proj", "v_proj"]
+        ),
+        make_adapter(
+            tiny.model, tmp_path / "three", seed=3, use_dora=True, target_modules=["down_proj"]
+        ),
     ]
     chain = load_chain(tiny, SPANS)
     ids = [b""]
-    for name in ("one", "two"):
+    for name in ("one", "two", "three"):
         files = AdapterFiles.open(tmp_path / name)
         ids += {await load(engine, files) for engine in chain.engines}
     reports: list[int] = []
     chain.engines[0].observe_batches(lambda report: reports.append(report.steps))
-    users = [1, 0, 2, 1, 0]
+    users = [1, 0, 2, 1, 0, 3]
     dice = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(3, 128, (1, 10 + each), generator=dice) for each in range(len(users))]
+    prompts = [torch.randint(3, 128, (1, 18 + each), generator=dice) for each in range(len(users))]
     sessions = [open_session(chain, ids[user]) for user in users]
     found = await asyncio.gather(
         *(
@@ -139,6 +145,8 @@ async def test_two_adapters_and_the_bare_model_in_one_batch(
     for user, tokens, logits in zip(users, prompts, found, strict=True):
         assert_same(logits, peft_logits(models[user], tokens))
     assert max(reports) == len(users)
+    # Those that went on meeting were computed in one product, where none of them is a DoRA.
+    assert all(engine._span.adapted.joint.used > 0 for engine in chain.engines)
     await chain.close()
 
 

@@ -52,7 +52,7 @@ SAMPLES: list[Message] = [
     messages.CacheChunk(11, 1, 0, TENSOR),
     messages.JournalChunk(0, TENSOR),
     messages.TakenOver(131, 8, bytes(32)),
-    messages.PushAdapter(bytes(32), bytes(32), 100_000),
+    messages.PushAdapter(bytes(32), bytes(32), 100_000, "swahili@00ff"),
     messages.AdapterStatus(0, 10, 20),
     messages.AdapterIndexPart((b"{", b"}" * 3)),
     messages.AdapterTensor(7, 1, TENSOR),
