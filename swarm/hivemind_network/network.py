@@ -28,7 +28,7 @@ from swarm.hivemind_network.introductions import introduce
 from swarm.hivemind_network.listening import with_ports, with_quic, with_quic_of_others
 from swarm.hivemind_network.node import SwarmNode
 from swarm.hivemind_network.peer import LocalPeer
-from swarm.hivemind_network.punching import HolePuncher
+from swarm.hivemind_network.punching import PUNCHING_PROTOCOL, HolePuncher
 from swarm.hivemind_network.reachability import DialBack, ask_to_dial_back, is_behind_router
 from swarm.hivemind_network.relays import RelayKeeper
 from swarm.hivemind_network.requests import (
@@ -78,7 +78,7 @@ class HivemindNetwork:
         self._addresses_changed = asyncio.Event()
         self._relays: RelayKeeper | None = None
         self._reached_at = ""
-        self._puncher = HolePuncher(lambda: self._p2p)
+        self._puncher = HolePuncher(lambda: self._p2p, self._peer_id)
 
     @classmethod
     async def create(cls, identity_path: Path, settings: NetworkSettings) -> HivemindNetwork:
@@ -111,6 +111,7 @@ class HivemindNetwork:
         await self._join()
         self._own_tasks.add(asyncio.create_task(self._keep_daemon()))
         if self._behind_router:
+            await self.serve(PUNCHING_PROTOCOL, self._puncher.answer)
             self._own_tasks.add(asyncio.create_task(self._puncher.run()))
         if self._settings.use_relays and self._behind_router:
             relays = self.take_relays()

@@ -15,6 +15,7 @@ from swarm.hivemind_network.dht_clock import DHT_CLOCK
 from swarm.hivemind_network.directory import SignedRecords, SwarmDirectory, directory_id
 from swarm.hivemind_network.introductions import answer_introductions
 from swarm.hivemind_network.node import SwarmNode
+from swarm.hivemind_network.relay_daemon import start_relay_daemon
 from swarm.record_validation import RecordChecker
 
 RPC_TIMEOUT_S = 3.0
@@ -40,7 +41,10 @@ class LocalPeer:
         use_hivemind_log_handler("nowhere")
         hivemind_node.DHTProtocol = SwarmDirectory  # hivemind has no parameter for it
         DHT_CLOCK.install()
-        p2p = await start_daemon(identity_path, settings, behind_router=behind_router)
+        if settings.relay_for_others:
+            p2p = await start_relay_daemon(identity_path, settings)
+        else:
+            p2p = await start_daemon(identity_path, settings, behind_router=behind_router)
         try:
             await answer_introductions(p2p, settings.gate)
             node = await SwarmNode.create(

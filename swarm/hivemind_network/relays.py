@@ -6,6 +6,9 @@ the reservation protocol (circuit relay v2, https://github.com/libp2p/specs/tree
 the daemon does the rest: it accepts what comes through a relay, and punches holes.
 
 A reservation is asked for again every few seconds; that also tells whether the relay lives.
+
+Every p2pd gives places, told to relay or not. Those that were not told to let 128 KiB pass, or two
+minutes: no place for a session, and so we do not take it (``relay_daemon`` has the other side).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hivemind.p2p import P2P
 
@@ -30,6 +33,9 @@ logger = logging.getLogger(__name__)
 HOP_PROTOCOL = "/libp2p/circuit/relay/0.2.0/hop"
 RESERVE = b"\x08\x00"
 STATUS_OK = 100
+SHORTEST_CIRCUIT_S = 3600
+SMALLEST_CIRCUIT_BYTES = 1 << 30
+"""A place at a relay that ends circuits sooner is none."""
 RELAYS_WANTED = 3
 ADDRESSES_PER_RELAY = 2
 CHECK_PERIOD_S = 6.0
@@ -54,31 +60,55 @@ async def reserve(p2p: P2P, relay: PeerId) -> Reservation:
     opened = await open_stream(p2p, relay, HOP_PROTOCOL)
     try:
         write_delimited(opened.writer, RESERVE)
-        status, reserved_addresses = _read_status(await read_delimited(opened.reader))
+        answer = _read_answer(await read_delimited(opened.reader))
     except (OSError, EOFError, ValueError) as error:
         raise PeerUnreachable(f"{relay} gives no place as a relay: {error}") from error
     finally:
         opened.writer.transport.abort()
-    if status != STATUS_OK:
-        raise PeerUnreachable(f"{relay} gives no place as a relay: status {status}")
+    if answer.status != STATUS_OK:
+        raise PeerUnreachable(f"{relay} gives no place as a relay: status {answer.status}")
+    if not answer.lets_sessions_pass:
+        raise PeerUnreachable(f"{relay} relays a little only, as peers do that were not told to")
     # The way that we use ourselves, and the relay's further ports on the same host.
     here = opened.connection.address
-    same_host = [one for one in reserved_addresses if host_of(one) == host_of(here)]
+    same_host = [one for one in answer.addresses if host_of(one) == host_of(here)]
     ways = list(dict.fromkeys((here, *same_host)))[:ADDRESSES_PER_RELAY]
     return Reservation(relay, tuple(f"{way}/p2p/{relay}/p2p-circuit" for way in ways))
 
 
-def _read_status(message: bytes) -> tuple[int, list[str]]:
-    """Status of the answer, and the relay's addresses in it. Raises ValueError."""
-    status, addresses = 0, []
+@dataclass(slots=True)
+class _Answer:
+    """What a relay says to RESERVE; a limit of 0 is none."""
+
+    status: int = 0
+    addresses: list[str] = field(default_factory=list)
+    circuit_s: int = 0
+    circuit_bytes: int = 0
+
+    @property
+    def lets_sessions_pass(self) -> bool:
+        return (self.circuit_s == 0 or self.circuit_s >= SHORTEST_CIRCUIT_S) and (
+            self.circuit_bytes == 0 or self.circuit_bytes >= SMALLEST_CIRCUIT_BYTES
+        )
+
+
+def _read_answer(message: bytes) -> _Answer:
+    """Raises ValueError."""
+    answer = _Answer()
     for number, value in read_fields(message):
         if number == 5 and isinstance(value, int):
-            status = value
+            answer.status = value
         if number == 3 and isinstance(value, bytes):  # the reservation
             for inner_number, inner in read_fields(value):
                 if inner_number == 2 and isinstance(inner, bytes):
-                    addresses.append(decode_address(inner).partition("/p2p/")[0])
-    return status, addresses
+                    answer.addresses.append(decode_address(inner).partition("/p2p/")[0])
+        if number == 4 and isinstance(value, bytes):  # the limit of a circuit
+            for inner_number, inner in read_fields(value):
+                if inner_number == 1 and isinstance(inner, int):
+                    answer.circuit_s = inner
+                if inner_number == 2 and isinstance(inner, int):
+                    answer.circuit_bytes = inner
+    return answer
 
 
 class RelayKeeper:

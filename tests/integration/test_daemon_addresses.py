@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from swarm.hivemind_network.listening import with_ports, with_quic, with_quic_of_others
 from swarm.hivemind_network.multiaddresses import decode_address, encode_address
 from swarm.hivemind_network.protobuf import encode_field, read_delimited, read_fields
-from swarm.protocol.identity import Identity
+from swarm.protocol.identity import PeerId
 
-PEER = Identity.generate().peer_id
+PEER = PeerId("12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN")
 
 
 @pytest.mark.parametrize(

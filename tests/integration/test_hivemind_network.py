@@ -21,6 +21,8 @@ import pytest
 
 from swarm.hivemind_network import HivemindNetwork, NetworkSettings
 from swarm.hivemind_network.directory import BoundedSerializer, SignedRecords, directory_id
+from swarm.hivemind_network.relays import reserve
+from swarm.hivemind_network.requests import connect
 from swarm.ports import Stream
 from swarm.protocol.errors import NetworkError, PeerUnreachable
 from swarm.protocol.identity import Identity, PeerId
@@ -240,6 +242,23 @@ async def test_address_hints_reach_an_unknown_peer(tmp_path: Path) -> None:
             stream = await client.open(server.peer_id, "echo", hints)
             assert await ask(stream, b"x") == b"x"
             await stream.close()
+
+
+async def test_only_peers_that_were_told_to_relay_give_places(tmp_path: Path) -> None:
+    """Every daemon says yes to who asks for a place; those of others end a circuit at 128 KiB."""
+    Identity.load_or_create(tmp_path / "relay")
+    async with peers(tmp_path, 2) as (_, (asking, other)):
+        settings = replace(LOOPBACK, relay_for_others=True)
+        relay = await HivemindNetwork.create(tmp_path / "relay", settings)
+        try:
+            for peer in (relay, other):
+                await connect(asking._p2p, peer.peer_id, await peer.addresses())
+            place = await reserve(asking._p2p, relay.peer_id)
+            assert all(f"/p2p/{relay.peer_id}/p2p-circuit" in way for way in place.addresses)
+            with pytest.raises(PeerUnreachable, match="a little only"):
+                await reserve(asking._p2p, other.peer_id)
+        finally:
+            await relay.close()
 
 
 async def kill_daemon(network: HivemindNetwork) -> None:

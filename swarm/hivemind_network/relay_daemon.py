@@ -1,0 +1,69 @@
+"""A daemon that relays for others, and is asked whether it really does.
+
+p2pd sets up two relays in one process: the one that we ask for, and another one that ends every
+circuit after two minutes or 128 KiB. Which of them answers is decided by chance when it starts, for
+as long as it runs. No option changes that, and a daemon cannot ask itself, so a second one with a
+key of its own asks it for a place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tempfile
+from pathlib import Path
+
+from hivemind.p2p import P2P
+
+from swarm.hivemind_network.daemon import NetworkSettings, start_daemon, stop_daemon
+from swarm.hivemind_network.relays import reserve
+from swarm.hivemind_network.requests import connect, own_addresses
+from swarm.protocol.errors import NetworkError
+from swarm.protocol.identity import Identity, PeerId
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 6
+"""About one start in twelve goes wrong on a busy machine, fewer on an idle one."""
+ASK_TIMEOUT_S = 5.0
+ASKING = NetworkSettings(listen_addresses=("/ip4/127.0.0.1/tcp/0",), serve_directory=False)
+
+
+async def start_relay_daemon(identity_path: Path, settings: NetworkSettings) -> P2P:
+    """Start until it relays as it was told to. Raises NetworkError when it does not start."""
+    with tempfile.TemporaryDirectory(prefix="swarm-relay-") as folder:
+        key = Path(folder) / "identity.key"
+        Identity.generate().save(key)
+        asking = await start_daemon(key, ASKING)
+        try:
+            for _ in range(ATTEMPTS):
+                daemon = await start_daemon(identity_path, settings)
+                if await _relays(daemon, asking):
+                    return daemon
+                logger.info("the network daemon relays a little only; starting it again")
+                await stop_daemon(daemon)
+        finally:
+            await stop_daemon(asking)
+    raise NetworkError("the network daemon does not relay for others")
+
+
+async def _relays(daemon: P2P, asking: P2P) -> bool:
+    """Whether it gives places that are of use; true when that cannot be found out from here."""
+    peer = PeerId(daemon.peer_id.to_base58())
+    try:
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                await connect(asking, peer, await own_addresses(daemon))
+        except (NetworkError, TimeoutError) as error:
+            logger.debug("our own relay cannot be asked: %s", error)
+            return True
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                await reserve(asking, peer)
+        except (NetworkError, TimeoutError) as error:
+            logger.debug("our own relay: %s", error)
+            return False
+    except BaseException:
+        await stop_daemon(daemon)
+        raise
+    return True
