@@ -10,6 +10,7 @@ from swarm.compute.packed_linear import (
     pack_linear,
     pack_linears,
     packing_is_available,
+    rows_with_a_kernel,
 )
 from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
 from swarm.protocol.errors import ConfigError
@@ -101,3 +102,26 @@ def test_packing_a_module() -> None:
     assert pack_linears(module) == 2
     assert pack_linears(nn.Sequential(double)) == 0
     assert not isinstance(pack_linear(double), PackedLinear)
+
+
+def test_few_numbers_of_rows_are_computed() -> None:
+    """Each number has a kernel of its own, which oneDNN keeps."""
+    computed = [rows_with_a_kernel(rows) for rows in range(1, 513)]
+    assert len(set(computed)) <= 32
+    assert all(rows <= filled <= 1.25 * rows for rows, filled in enumerate(computed, start=1))
+    assert computed[:8] == list(range(1, 9))
+    assert all(rows_with_a_kernel(filled) == filled for filled in computed)
+
+
+@pytest.mark.skipif(not packing_is_available(), reason="no packed linears here")
+@pytest.mark.parametrize("rows", [7, 8, 9, 33, 129])
+def test_rows_that_fill_up_change_nothing(rows: int) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 32)
+    hidden = torch.randn(1, rows, 48)
+    with torch.inference_mode():
+        expected = linear(hidden)
+        packed = pack_linear(linear)
+        assert isinstance(packed, PackedLinear)
+        packed.pack()
+        torch.testing.assert_close(packed(hidden), expected, rtol=1e-5, atol=1e-5)
