@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, fields
+from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,7 @@ class Database:
     def write(self, look: Look) -> None:
         """All of one look, or nothing of it."""
         with self._connection as connection:
+            self._see_again(look)
             connection.executemany(
                 "INSERT OR REPLACE INTO node VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                 (
@@ -99,9 +102,9 @@ class Database:
                         row.revision,
                         row.registered_unix_s,
                         row.seen_unix_s,
-                        json.dumps(asdict(row.declared), ensure_ascii=False),
-                        *astuple(row.counters),
-                        *astuple(row.work),
+                        _declared_text(row.declared),
+                        *_counter_columns(row.counters),
+                        *_work_columns(row.work),
                     )
                     for row in look.nodes
                 ),
@@ -116,6 +119,25 @@ class Database:
             self._add_samples(look)
             self._change_incidents(look)
 
+    def _see_again(self, look: Look) -> None:
+        """All that was seen at the look before, but what is gone since."""
+        now, previous = look.at_unix_s, look.previous_unix_s
+        if previous is None:
+            return
+        connection = self._connection
+        connection.execute("UPDATE node SET seen_unix_s = ? WHERE seen_unix_s = ?", (now, previous))
+        connection.executemany(
+            "UPDATE node SET seen_unix_s = ? WHERE peer_id = ? AND revision = ?",
+            ((previous, *key) for key in look.gone),
+        )
+        connection.execute(
+            "UPDATE presence SET until_unix_s = ? WHERE until_unix_s = ?", (now, previous)
+        )
+        connection.executemany(
+            "UPDATE presence SET until_unix_s = ? WHERE peer_id = ? AND until_unix_s = ?",
+            ((previous, peer, now) for peer in look.gone_peers),
+        )
+
     def _add_work(self, look: Look) -> None:
         day = int(look.at_unix_s) // DAY_S
         self._connection.executemany(
@@ -124,7 +146,7 @@ class Database:
             " prompt_tokens = prompt_tokens + excluded.prompt_tokens,"
             " energy_j = energy_j + excluded.energy_j, co2_g = co2_g + excluded.co2_g,"
             " metered_tokens = metered_tokens + excluded.metered_tokens",
-            ((day, peer, revision, *astuple(work)) for peer, revision, work in look.work),
+            ((day, peer, revision, *_work_columns(work)) for peer, revision, work in look.work),
         )
 
     def _add_samples(self, look: Look) -> None:
@@ -319,3 +341,14 @@ def _probe(row: tuple[Any, ...]) -> Probe:
         problem,
         tuple(ProbeHop(*hop) for hop in json.loads(hops)),
     )
+
+
+# Ten thousand nodes are written in each look: dataclasses' own functions copy deeply.
+_counter_columns = attrgetter(*(field.name for field in fields(Counters)))
+_work_columns = attrgetter(*(field.name for field in fields(Work)))
+
+
+@lru_cache(maxsize=1 << 16)
+def _declared_text(declared: Declared) -> str:
+    """As it is stored; most nodes declare the same look after look."""
+    return json.dumps(asdict(declared), ensure_ascii=False)

@@ -99,20 +99,29 @@ class Observatory:
                     added.append((row.peer_id, row.revision, more))
                     work += more
             samples.append(self._sample(summary, records, work))
-        vanished = self._vanished(rows) if previous is not None else 0
+        gone = self._here - rows.keys() if previous is not None else frozenset()
+        vanished = self._vanished(gone)
+        changed = [
+            row for key, row in rows.items() if previous is None or not self._is_unchanged(key, row)
+        ]
+        peers = {peer for peer, _ in rows}
         self._here = frozenset(rows)
         self._remember(rows)
-        self._watch(rows, previous, now)
+        self._watch(peers, previous, now)
         self._count_days(added, now)
         models = [self._model(summary, records, now) for summary, records in crawl.models]
         at_once = []
         if incidents.is_mass_loss(vanished, len(rows) + vanished):
             at_once.append(Finding("nodes_lost", detail=str(vanished)))
+        began = ((peer, self._presence[peer][-1]) for peer in peers)
         look = Look(
             at_unix_s=now,
+            previous_unix_s=previous,
             watched=self._watched[-1],
-            nodes=tuple(rows.values()),
-            presence=tuple((peer, self._presence[peer][-1]) for peer in {peer for peer, _ in rows}),
+            nodes=tuple(changed),
+            gone=tuple(gone),
+            presence=tuple((peer, interval) for peer, interval in began if interval[0] == now),
+            gone_peers=tuple({peer for peer, _ in gone} - peers),
             work=tuple(added),
             samples=tuple(samples),
             closed_at_once=tuple(at_once),
@@ -202,14 +211,23 @@ class Observatory:
         for peer, revision in rows:
             self._revisions_of.setdefault(peer, set()).add(revision)
 
-    def _vanished(self, rows: dict[Key, NodeRow]) -> int:
-        """Nodes that were serving at the last look and went without a word."""
-        gone = self._here - rows.keys()
+    def _is_unchanged(self, key: Key, row: NodeRow) -> bool:
+        """Whether only the time is another one since the last look."""
+        known = self._known.get(key)
+        return (
+            known is not None
+            and key in self._here
+            and (known.declared, known.counters, known.work)
+            == (row.declared, row.counters, row.work)
+        )
+
+    def _vanished(self, gone: Iterable[Key]) -> int:
+        """How many of them were serving at the last look, and went without a word."""
         return sum(Standing(self._known[key].declared.standing).serves for key in gone)
 
-    def _watch(self, rows: dict[Key, NodeRow], previous: float | None, now: float) -> None:
+    def _watch(self, peers: Iterable[str], previous: float | None, now: float) -> None:
         self._watched = since(extended(self._watched, previous, now), now - KEPT_PRESENCE_S)
-        for peer in {peer for peer, _ in rows}:
+        for peer in peers:
             self._presence[peer] = extended(self._presence.get(peer, ()), previous, now)
 
     def _count_days(self, added: Iterable[tuple[str, str, Work]], now: float) -> None:

@@ -61,6 +61,7 @@ class Pages:
         self._templates = Environment(
             loader=PackageLoader("swarm.status"),
             autoescape=True,
+            auto_reload=False,
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 JOINERS = "\u200c\u200d"
 """Invisible, but Devanagari and other scripts are spelled with them."""
@@ -19,6 +20,7 @@ ELLIPSIS = "…"
 COMMAND_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@+-]*")
 
 
+@lru_cache(maxsize=1 << 16)
 def plain_text(text: str, limit: int = 64) -> str:
     """``text`` in one line of at most ``limit`` characters, addresses left out.
 

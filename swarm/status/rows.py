@@ -59,9 +59,17 @@ class Look:
     """Everything to be written of one look."""
 
     at_unix_s: float
+    previous_unix_s: float | None = None
+    """Of the look before, if nothing was missed in between: what was seen then, and is not gone or
+    changed, was seen again. Most of ten thousand nodes are neither."""
     watched: Interval | None = None
     nodes: tuple[NodeRow, ...] = ()
+    """New ones, and those that have changed."""
+    gone: tuple[tuple[str, str], ...] = ()
+    """Peer and revision of nodes that were there at the look before."""
     presence: tuple[tuple[str, Interval], ...] = ()
+    """Intervals that begin with this look."""
+    gone_peers: tuple[str, ...] = ()
     work: tuple[tuple[str, str, Work], ...] = ()
     """Peer, revision, and what was added."""
     samples: tuple[SampleRow, ...] = ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,7 @@ T = TypeVar("T")
 
 LONGEST_PROBE_S = 120.0
 LEDGER_PERIOD_S = 300.0
+SWITCH_S = 0.0005
 
 
 class SettledWork(Protocol):
@@ -216,6 +218,12 @@ class StatusPage:
 
     async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def favour_readers() -> None:
+    """For the process that serves the page: its event loop gets the interpreter within half a
+    millisecond, and not within five, while a look at ten thousand nodes is taken into account."""
+    sys.setswitchinterval(SWITCH_S)
 
 
 @asynccontextmanager

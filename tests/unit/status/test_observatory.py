@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from swarm.protocol.errors import ConfigError
@@ -193,3 +195,26 @@ def test_a_donor_that_is_long_gone_still_has_a_page(watched: Watched) -> None:
     assert (node.name, node.standing) == ("gone", Standing.LOST)
     assert watched.observatory.donor("nobody", watched.now_unix_s) == ()
     assert snapshot.totals.volunteers_registered == 2
+
+
+def test_the_file_knows_what_memory_knows(watched: Watched) -> None:
+    """Most nodes are written in one statement: after comings, goings and changes, the file and the
+    page that goes on with it agree with the page that never ended."""
+    dice = random.Random(7)
+    everybody = [watched.add(0, 30) for _ in range(12)]
+    for look in range(40):
+        watched.records = [record for record in everybody if dice.random() < 0.8] or everybody[:1]
+        if look % 5 == 0:
+            busy = dice.choice(watched.records)
+            everybody[everybody.index(busy)] = watched.change(
+                busy, decode_block_tokens=busy.decode_block_tokens + 30
+            )
+        watched.look(after_s=20 * PERIOD_S if look == 20 else PERIOD_S)
+    before = watched.observatory
+    watched.restart()
+    after = watched.observatory
+    assert after._known == before._known
+    assert after._presence == before._presence
+    assert after._watched == before._watched
+    assert after._here == before._here
+    assert after._days == before._days
