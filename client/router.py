@@ -71,6 +71,9 @@ NOT_READY = frozenset(state.name.lower() for state in (NodeState.JOINING, NodeSt
 ONLINE_SAMPLE = 8
 """Nodes that are dialled to find out whether our own network is there."""
 ONLINE_WAIT_S = 2.0
+LARGEST_DOUBT = 1.1
+"""What was measured may be wrong by so much: of two equal nodes a client would otherwise always
+take the one that it happened to measure faster."""
 LAST_RESORT_S = 60.0
 """What using a banned node costs in the choice: more than any detour."""
 BRINGING_S = 0.05
@@ -186,12 +189,13 @@ class Router:
     # --- costs
     def _candidate(self, answer: _Answer) -> Candidate:
         peer = answer.record.peer_id
+        doubt = self._dice.uniform(1.0, LARGEST_DOUBT)
         entry = candidate(
             answer.record,
             answer.load,
-            round_trip_s=self._known.round_trip_s(peer),
+            round_trip_s=doubt * self._known.round_trip_s(peer),
             in_flight=self._known.openings(peer),
-            slowness=self._known.slowness(answer.record),
+            slowness=doubt * self._known.slowness(answer.record),
         )
         if self._needs.preferred_adapter and not answer.load.has_adapter:
             entry = replace(entry, wait_s=entry.wait_s + BRINGING_S)
