@@ -1,8 +1,8 @@
 """What one peer knows of a model's nodes: read in the background, a little at a time.
 
-Nodes use it for placement, for the coverage that they show and to find their neighbours; clients
-for the pool of candidates that routing samples from. Reading is bounded by a rate: where all shards
-of a swarm are too much for it, a view holds the nodes of some of them, drawn anew with each pass.
+Nodes use it for placement, for the coverage that they show and to find their neighbours (what
+clients know is in ``client.known_nodes``). Reading is bounded by a rate: where all shards of a
+swarm are too much for it, a view holds the nodes of some of them, drawn anew with each pass.
 
 What a view has read it keeps until the record expires or the node is lost: a peer of the directory
 that answers with less than it should makes nobody disappear.
@@ -67,8 +67,6 @@ class ViewSettings:
 
 
 NODE_VIEW = ViewSettings()
-CLIENT_VIEW = ViewSettings(refresh_s=60.0, maximum_shards=4, maximum_nodes=256)
-"""A pool to sample from."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ class PlacementSettings:
     """A country with less stands alone anyhow for nobody: no term for it."""
     swarm_redundancy: float = 4.0
     """A swarm with less has no nodes to spare for borders."""
-    patience_s: float = 3600.0
+    patience_s: float = 900.0
     """A span that loads so long is worth half."""
     urgent_patience_s: float = 300.0
     """The same while some block has no node: then soon is better than good."""

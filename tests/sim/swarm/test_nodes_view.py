@@ -6,13 +6,12 @@ import asyncio
 import math
 import random
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from swarm.memory_network import LinkSettings, MemoryNetwork, MemoryPeer, MemorySettings
-from swarm.nodes_view import CLIENT_VIEW, NodesView, ViewSettings
+from swarm.nodes_view import NodesView, ViewSettings
 from swarm.ports import DirectoryEntry
 from swarm.protocol.errors import NetworkError
 from swarm.protocol.identity import Identity, PeerId
@@ -128,15 +127,15 @@ def test_a_large_swarm_is_known_in_part_and_at_a_bounded_rate(simulate: Simulate
     simulate(story)
 
 
-def test_a_client_keeps_a_pool(simulate: Simulate) -> None:
+def test_a_view_may_be_kept_small(simulate: Simulate) -> None:
     async def story(world: World) -> None:
         for number in range(1, 41):
             await world.announce(number, shards=8)
-        view = world.view(settings=CLIENT_VIEW)
+        view = world.view(settings=ViewSettings(maximum_shards=4))
         await view.read()
         assert view.shards_read == 4
         assert 0 < len(view.records()) < 40
-        pool = world.view(settings=replace(CLIENT_VIEW, maximum_nodes=5))
+        pool = world.view(settings=ViewSettings(maximum_shards=4, maximum_nodes=5))
         await pool.read()
         assert len(pool.records()) == 5
 
