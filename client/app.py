@@ -7,6 +7,7 @@ number of sessions on one event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import tempfile
@@ -21,16 +22,21 @@ from swarm.cached_peers import load_peers, save_peers, worth_keeping
 from swarm.catalogue.download import Progress
 from swarm.catalogue.library import Library
 from swarm.client.adapter_push import push_timeout_s
+from swarm.client.auditing import Auditor
 from swarm.client.chain import Chain, ChainObserver, ChainTimeouts
 from swarm.client.config import ClientSettings
 from swarm.client.finetune.chain import TrainingChain, TrainingChainRequest, TrainingTimeouts
 from swarm.client.hops import SessionRequest
 from swarm.client.known_nodes import KnownNodes
+from swarm.client.ledger_store import ClientLedger, known_reputations
 from swarm.client.router import OLDEST_VIEW_S, READ_AGAIN_S, Router
+from swarm.client.vouchers import Grant, issue_for_ourselves
 from swarm.client.weights import client_library, fetch_ends, local_checkpoint
 from swarm.clock_offset import ClockOffsets, CorrectedClock
 from swarm.gate import Gate
 from swarm.journal import JournalBudget
+from swarm.ledger.reputation import Reputations
+from swarm.ledger.sketch import Sketcher
 from swarm.membership import ModelSummary, list_models, read_nodes
 from swarm.membership_files import MembershipFiles
 from swarm.ports import Clock, Directory, Transport
@@ -45,6 +51,9 @@ from swarm.routing import Needs
 from swarm.virtual_time import LoopClock
 
 log = logging.getLogger(__name__)
+
+AUDIT_WAIT_S = 3.0
+"""For audits of the last sessions, when a client ends."""
 
 
 class Network(Transport, Directory, Protocol):
@@ -66,7 +75,26 @@ class SwarmClient:
         seed: int | None = None,
         settings: ClientSettings | None = None,
         gate: Gate | None = None,
+        ledger: ClientLedger | None = None,
+        owner: Identity | None = None,
+        audits: bool = False,
+        reputations: Reputations | None = None,
+        vouches: bool = True,
     ) -> None:
+        """``ledger``: where what hops did is kept; ``owner``: whose node's key signs allowances.
+
+        ``audits``: look at what hops answered when sessions end (``client.auditing``).
+        ``vouches``: sign for what hops do; who does not is served last.
+        """
+        self.vouches = vouches
+        self._audits = audits
+        self._reputations = reputations or Reputations()
+        self._auditing = 0
+        self._no_audits = asyncio.Event()
+        self._no_audits.set()
+        self._sketchers: dict[int, Sketcher] = {}
+        self._ledger = ledger
+        self._owner = owner
         self._policy = settings.policy if settings is not None else None
         self.gate = gate
         """Whom we deal with; None in a swarm without a charter."""
@@ -79,6 +107,13 @@ class SwarmClient:
         self._known: dict[bytes, KnownNodes] = {}
         self._journals = JournalBudget()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.auditor = Auditor(
+            network,
+            clock=self._clock,
+            dice=self._random,
+            reputations=self._reputations,
+            ledger=ledger,
+        )
         self._resources = AsyncExitStack()
 
     @classmethod
@@ -111,6 +146,13 @@ class SwarmClient:
             stack.push_async_callback(network.close)
             offsets = ClockOffsets(LoopClock())
             offsets.believe(network.clock_offset_s)
+            ledger = owner = reputations = None
+            if settings.ledger_file is not None:
+                ledger = await asyncio.to_thread(ClientLedger.open, settings.ledger_file)
+                reputations = await asyncio.to_thread(known_reputations, settings.ledger_file)
+                stack.push_async_callback(ledger.close)
+            if settings.owner_key_path is not None:
+                owner = Identity.load(settings.owner_key_path)
             client = cls(
                 network,
                 clock=CorrectedClock(LoopClock(), offsets),
@@ -120,6 +162,10 @@ class SwarmClient:
                 observer=observer,
                 settings=settings,
                 gate=gate,
+                ledger=ledger,
+                owner=owner,
+                audits=settings.audits,
+                reputations=reputations,
             )
             if gate is not None:
                 await client._watch_revocations(identity, gate, settings.membership_files)
@@ -141,7 +187,10 @@ class SwarmClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close all chains and leave the network."""
+        """Close all chains and leave the network; audits that run have a moment to end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(AUDIT_WAIT_S):
+                await self._no_audits.wait()
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -266,8 +315,11 @@ class SwarmClient:
             observer=self._observer,
             timeouts=self._timeouts_for(request),
             journal_budget=self._journals,
+            grant=self._grant(),
+            sketcher=self._sketcher(request.hidden_size) if self._audits else None,
+            on_finished=self._audit if self._audits else None,
         )
-        self._own(chain.run())
+        self._own(self._run(chain))
         try:
             await chain.opened()
         except BaseException:
@@ -323,7 +375,37 @@ class SwarmClient:
             needs,
             clock=self._clock,
             dice=self._random,
+            reputations=self._reputations,
         )
+
+    def _grant(self) -> Grant | None:
+        if not self.vouches:
+            return None
+        owner = self._owner.private_key if self._owner is not None else None
+        return issue_for_ourselves(self._clock.unix_s(), owner)
+
+    def _sketcher(self, hidden_size: int) -> Sketcher:
+        """With a seed that nobody else knows, for as long as this client lives."""
+        if hidden_size not in self._sketchers:
+            self._sketchers[hidden_size] = Sketcher(hidden_size)
+        return self._sketchers[hidden_size]
+
+    async def _audit(self, chain: Chain) -> None:
+        self._auditing += 1
+        self._no_audits.clear()
+        try:
+            await self.auditor.spot_check(chain)
+        finally:
+            self._auditing -= 1
+            if not self._auditing:
+                self._no_audits.set()
+
+    async def _run(self, chain: Chain) -> None:
+        try:
+            await chain.run()
+        finally:
+            if self._ledger is not None:
+                await self._ledger.keep(chain.accounts)
 
     async def _known_nodes(self, model_revision: bytes, model_name: str) -> KnownNodes:
         """What this client knows of a model, kept young as long as it opens sessions.

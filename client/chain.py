@@ -15,11 +15,16 @@ The chain knows neither tokens nor torch: ``client.model`` and ``client.generate
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from swarm.client.audited_chain import AuditedHop
 from swarm.client.healing import HEAL_ATTEMPTS, Healer, Patience
 from swarm.client.hops import Hops, HopTimeouts, SessionRequest
 from swarm.client.link import HopFailed, HopTimes, Link
@@ -27,9 +32,12 @@ from swarm.client.moving import Moves
 from swarm.client.planner import Planner
 from swarm.client.router import failure_kind
 from swarm.client.steps import Steps
+from swarm.client.vouchers import Grant, HopAccount
 from swarm.client.watch import Watch, WatchSettings
 from swarm.connection import remote_error
 from swarm.journal import JournalBudget
+from swarm.ledger.audit_rule import Floats
+from swarm.ledger.sketch import Sketcher
 from swarm.pieces import join_tokens, slice_tokens
 from swarm.ports import Clock, Transport
 from swarm.protocol.errors import (
@@ -37,6 +45,7 @@ from swarm.protocol.errors import (
     NetworkError,
     ProtocolError,
     SwarmError,
+    UsageError,
 )
 from swarm.protocol.identity import PeerId
 from swarm.protocol.messages import (
@@ -47,8 +56,12 @@ from swarm.protocol.messages import (
     Ping,
     Pong,
     SessionClosed,
+    SignedReceipt,
+    SignedVoucher,
+    Step,
     StepResult,
 )
+from swarm.protocol.prices import step_work
 from swarm.protocol.tensors import WireTensor
 from swarm.routing import ChainPlan, is_one_machine
 
@@ -107,12 +120,26 @@ class Chain:
         observer: ChainObserver | None = None,
         timeouts: ChainTimeouts | None = None,
         journal_budget: JournalBudget | None = None,
+        grant: Grant | None = None,
+        sketcher: Sketcher | None = None,
+        on_finished: Callable[[Chain], Awaitable[object]] | None = None,
     ) -> None:
+        """``grant``: what vouchers for the hops draw on; None: there are none.
+
+        ``sketcher`` makes the session fit for audits. ``on_finished`` is called before the hops
+        free the session; nobody who closes the chain waits for it.
+        """
+        self._sketcher = sketcher
+        self._on_finished = on_finished
+        self._released = asyncio.Event()
+        self._receipt_came = asyncio.Event()
+        self._number_of_blocks = number_of_blocks
         self._planner = planner
         self._request = request
         self._clock = clock
         self._observer = observer
         self._timeouts = timeouts or ChainTimeouts()
+        self._steps = Steps(request, journal_budget or JournalBudget(), sketcher)
         self._hops = Hops(
             transport,
             planner,
@@ -122,8 +149,9 @@ class Chain:
             timeouts=self._timeouts.hop,
             on_open=self._start_reading,
             on_loss=self._lost,
+            work_since=self._steps.work_since,
+            grant=grant,
         )
-        self._steps = Steps(request, journal_budget or JournalBudget())
         self._session = self._steps.session
         self._healer = Healer(
             self._hops, self._steps, planner, clock=clock, count_failure=self._count_failure
@@ -144,7 +172,6 @@ class Chain:
         self._accusers: set[PeerId] = set()
         self._goodbyes = asyncio.Semaphore(0)
         self._closing = asyncio.Event()
-        self._ended = asyncio.Event()
         self._failure: SwarmError | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._readers: set[asyncio.Task[None]] = set()
@@ -170,6 +197,11 @@ class Chain:
     def plan(self) -> ChainPlan:
         """The hops that serve this session now."""
         return self._hops.plan
+
+    @property
+    def accounts(self) -> list[HopAccount]:
+        """What each hop that this session ever had was vouched for."""
+        return self._hops.accounts
 
     @property
     def passes(self) -> int:
@@ -238,10 +270,10 @@ class Chain:
             return join_tokens([result.activations for result in results], output_tokens)
 
     async def close(self) -> None:
-        """Free the session on all hops and wait until the chain's task has ended."""
+        """Free the session on all hops and wait until that is done, or left to an audit."""
         self._closing.set()
         self._trouble.set()
-        await self._ended.wait()
+        await self._released.wait()
 
     @property
     def hops_through_client(self) -> int:
@@ -255,6 +287,64 @@ class Chain:
         if not self._hops.ends_with(link):
             relayed += link.connection.tensors_received
         return relayed
+
+    # --- for audits (client.audited_chain.AuditedChain)
+    @property
+    def request(self) -> SessionRequest:
+        return self._request
+
+    @property
+    def planner(self) -> Planner:
+        return self._planner
+
+    @property
+    def sketcher(self) -> Sketcher:
+        """Raises UsageError for a chain that keeps no sketches."""
+        if self._sketcher is None:
+            raise UsageError("this session was not opened for audits")
+        return self._sketcher
+
+    def audited_hops(self) -> list[AuditedHop]:
+        """In the order of their blocks; empty while the chain is not whole."""
+        if self._hops.first_gap is not None:
+            return []
+        return [
+            AuditedHop(
+                link.peer_id,
+                link.hop.first_block,
+                link.hop.end_block,
+                tuple(link.hop.addresses),
+                link.opened.session_id,
+                link.account,
+            )
+            for link in self._hops.links
+        ]
+
+    def ends_with_blocks(self, end_block: int) -> bool:
+        return end_block == self._number_of_blocks
+
+    def own_inputs(self, length: int) -> WireTensor | None:
+        journal, trail = self._steps.journal, self._steps.trail
+        if journal.is_gone or trail is None or trail.is_reordered:
+            return None
+        return journal.read(0, length)
+
+    def results_before(self, length: int) -> tuple[NDArray[np.intp], Floats]:
+        if self._steps.trail is None:
+            raise UsageError("this session was not opened for audits")
+        return self._steps.trail.before(length)
+
+    async def collect_receipts(self, timeout_s: float) -> None:
+        for link in tuple(self._hops.links):
+            voucher = link.account.sign_all(again=True) if link.account is not None else None
+            if voucher is not None:
+                await self._send_voucher(link, voucher)
+        accounts = [link.account for link in self._hops.links if link.account is not None]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not all(account.has_latest_receipt for account in accounts):
+                    self._receipt_came.clear()
+                    await self._receipt_came.wait()
 
     # --- the chain's task
     async def run(self) -> None:
@@ -270,6 +360,7 @@ class Chain:
                         watching = own.create_task(self._watch.run())
                         await self._keep_whole()
                         watching.cancel()
+                        await self._finish()
                         await self._say_goodbye()
                 finally:
                     for reader in self._readers:
@@ -282,7 +373,17 @@ class Chain:
             self._report()
             self._fail(NetworkError("the chain is closed"))
             self._steps.close()
-            self._ended.set()
+            self._released.set()
+
+    async def _finish(self) -> None:
+        """Let an audit look at the session while the hops still have it."""
+        if self._on_finished is None or self._failure is not None:
+            return
+        self._released.set()
+        try:
+            await self._on_finished(self)
+        except SwarmError as error:
+            log.info("the session could not be audited: %s", error)
 
     async def _open(self) -> None:
         try:
@@ -389,6 +490,9 @@ class Chain:
         try:
             async with asyncio.timeout(self._timeouts.close_s):
                 for link in links:
+                    voucher = link.account.sign_all() if link.account is not None else None
+                    if voucher is not None:
+                        await link.connection.send(voucher)
                     await link.connection.send(CloseSession())
                 for _ in links:
                     await self._goodbyes.acquire()
@@ -466,6 +570,9 @@ class Chain:
                     self._planner.measured_round_trip(link.peer_id, link.round_trip_s)
             case Ping():
                 await link.connection.send(Pong(nonce=message.nonce))
+            case SignedReceipt() if link.account is not None:
+                link.account.take(message)
+                self._receipt_came.set()
             case Error():
                 self._take_error(link, message)
             case Draining():
@@ -568,11 +675,33 @@ class Chain:
             self._timed = (step.step, self._clock.monotonic_s())
         self._watch.wake()
         first = self._hops.links[0]
+        vouchers = self._vouchers_before(step)
         try:
-            await first.connection.send(step)
+            await first.connection.send(*vouchers, step)
         except NetworkError as error:
             self._hops.lose(first, HopFailed(first.hop, error))
         return future
+
+    def _vouchers_before(self, step: Step) -> list[SignedVoucher]:
+        """Vouch for what hops did so far; for the first one it goes with the step."""
+        rows, tokens, _ = step.activations.shape
+        with_step = []
+        for index, link in enumerate(self._hops.links):
+            account = link.account
+            voucher = account.before_step(step_work(rows, tokens)) if account is not None else None
+            if voucher is None:
+                continue
+            if index == 0:
+                with_step.append(voucher)
+            elif self._tasks is not None:
+                self._start(self._tasks, self._send_voucher(link, voucher))
+        return with_step
+
+    async def _send_voucher(self, link: Link, voucher: SignedVoucher) -> None:
+        try:
+            await link.connection.send(voucher)
+        except NetworkError as error:
+            self._hops.lose(link, HopFailed(link.hop, error))
 
     @property
     def _largest_result_bytes(self) -> int:

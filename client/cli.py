@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.client.adapter_commands import adapters
+from swarm.client.audit_commands import app as audit_app
 from swarm.client.authority_commands import authority
 from swarm.client.config import SamplingSettings
 from swarm.client.finetune.commands import finetune
@@ -27,6 +28,7 @@ from swarm.client.joining import (
     outcome,
     settings_from,
 )
+from swarm.client.ledger_commands import app as ledger_app
 from swarm.client.model_commands import models
 from swarm.client.operator_commands import operator_app
 from swarm.client.output import Answer, explain, note
@@ -62,6 +64,8 @@ app.add_typer(status_app)
 app.add_typer(models, name="models")
 app.add_typer(authority, name="authority")
 app.add_typer(adapters, name="adapters")
+app.add_typer(ledger_app, name="ledger")
+app.add_typer(audit_app, name="audit")
 
 # --- flags that several commands share -----------------------------------------------------------
 Model = Annotated[

@@ -21,6 +21,11 @@ PEERS_FILE = Path("~/.local/share/sovereign-swarm/client.peers")
 PEERS_VARIABLE = "SWARM_PEERS"
 """Environment variable with peer addresses, separated by commas or white space."""
 PEERS_FILE_VARIABLE = "SWARM_PEERS_FILE"
+LEDGER_FILE = Path("~/.local/share/sovereign-swarm/client.ledger")
+"""Where the command ``swarm`` keeps what it received from whom; programs choose for themselves."""
+LEDGER_FILE_VARIABLE = "SWARM_LEDGER_FILE"
+AUDITS_VARIABLE = "SWARM_AUDITS"
+"""1 or 0; the command ``swarm`` audits unless it is 0."""
 
 LEAST_TEMPERATURE = 1e-4
 """What is lower takes the most likely token: dividing by it would overflow."""
@@ -44,6 +49,13 @@ class ClientSettings:
     """Where nodes are remembered, to be tried when none of ``peers`` answers; None: nowhere."""
     identity_path: Path | None = None
     """Key file of this client; None makes a fresh identity for each process."""
+    ledger_file: Path | None = None
+    """Books of what was received from whom, and what audits found; None: kept for this run only."""
+    owner_key_path: Path | None = None
+    """Key file of a node of yours: it and others then know that you give too, and serve you first.
+    Nodes can link your sessions to it."""
+    audits: bool = False
+    """Whether to have some of what nodes answered computed again by others, after sessions."""
     dtype: str = "auto"
     """Precision of embeddings, head, wire and nodes; auto takes what is fast and any node."""
     charter: Path | None = None
@@ -174,6 +186,10 @@ def load_settings(
     for variable, name in FILE_VARIABLES.items():
         if environment.get(variable):
             merged[name] = environment[variable]
+    if environment.get(LEDGER_FILE_VARIABLE):
+        merged["ledger_file"] = environment[LEDGER_FILE_VARIABLE]
+    if environment.get(AUDITS_VARIABLE):
+        merged["audits"] = environment[AUDITS_VARIABLE] == "1"
     merged |= {name: value for name, value in flags.items() if value not in (None, (), [])}
     return ClientSettings(**_typed(merged))
 
@@ -208,8 +224,19 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
             if not isinstance(value, bool):
                 raise ConfigError("hub must be true or false")
             typed[name] = value
-        elif name in ("identity_path", "peers_file", "charter", "passport"):
+        elif name in (
+            "identity_path",
+            "peers_file",
+            "ledger_file",
+            "owner_key_path",
+            "charter",
+            "passport",
+        ):
             typed[name] = Path(value).expanduser()
+        elif name == "audits":
+            if not isinstance(value, bool):
+                raise ConfigError("audits must be true or false")
+            typed[name] = value
         elif name == "dtype":
             typed[name] = str(value)
         elif isinstance(value, int | float) and not isinstance(value, bool):

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from swarm.client.adapter_push import AdapterSource, push_adapter
 from swarm.client.link import HopFailed, Link
 from swarm.client.planner import Planner
+from swarm.client.vouchers import Grant, HopAccount
 from swarm.journal import Journal
 from swarm.pieces import pieces
 from swarm.ports import Clock, Transport
@@ -28,6 +29,7 @@ from swarm.protocol.errors import (
     SwarmError,
 )
 from swarm.protocol.identity import PeerId
+from swarm.protocol.ledger_objects import Work
 from swarm.protocol.messages import (
     MAX_TOKENS,
     CloseSession,
@@ -98,10 +100,17 @@ class Resumption:
     """Positions cached before that step."""
     rows_as_of_step: int
     """The client's own journal has its rows in the order that the steps up to this one set."""
+    length: int = 0
+    """Positions cached once all steps are computed: the most that any hop computes again."""
 
     @classmethod
     def of(cls, session: ClientSession) -> Resumption:
-        return cls(session.resume_step, session.resume_position, session.last_issued_step)
+        return cls(
+            session.resume_step,
+            session.resume_position,
+            session.last_issued_step,
+            session.length,
+        )
 
 
 class NothingToReplay(SwarmError):
@@ -122,8 +131,13 @@ class Hops:
         timeouts: HopTimeouts,
         on_open: Callable[[Link], None],
         on_loss: Callable[[Link], None],
+        work_since: Callable[[int], Work],
+        grant: Grant | None = None,
     ) -> None:
-        """``on_open`` starts the reader of a link; ``on_loss`` hears of each link given up."""
+        """``on_open`` starts the reader of a link; ``on_loss`` hears of each link given up.
+
+        ``work_since``: of the steps from this number on that were issued already.
+        """
         self.links: list[Link] = []
         self._replayed_tokens = 0
         self._replayed_bytes = 0
@@ -135,6 +149,10 @@ class Hops:
         self._timeouts = timeouts
         self._on_open = on_open
         self._on_loss = on_loss
+        self._work_since = work_since
+        self._grant = grant
+        self.accounts: list[HopAccount] = []
+        """Of all hops that the session ever had."""
         self._fresh: list[Link] = []
         self._work_on_hops: asyncio.Future[None] | None = None
         self._last_version = 0
@@ -230,8 +248,11 @@ class Hops:
 
     async def close(self, link: Link) -> None:
         """Free the session on a hop that is no longer needed, if it still listens."""
+        voucher = link.account.sign_all() if link.account is not None else None
         try:
             async with asyncio.timeout(1.0):
+                if voucher is not None:
+                    await link.connection.send(voucher)
                 await link.connection.send(CloseSession())
         except (TimeoutError, NetworkError):
             log.debug("%s did not take a goodbye", link.peer_id)
@@ -309,6 +330,8 @@ class Hops:
             )
             for link, target in zip(fresh, targets, strict=True)
         )
+        again = Work(prefill_tokens=self._request.rows * resume.position)
+        await self._vouch_for(fresh, self._work_since(resume.step) + again)
         await self._replay(before, fresh, resume, journal)
         for link in fresh:
             self._fresh.remove(link)
@@ -339,27 +362,29 @@ class Hops:
             state_from=state_from,
             adapter_id=request.adapter_id,
             policy=b"" if request.policy is None else request.policy.to_bytes(),
+            **self._allowance(),
         )
-        timeout_s = self._timeouts.open_s
-        check = None if request.policy is None else request.policy.check
-
-        async def open_link() -> Link:
-            return await Link.open(
-                self._transport,
-                hop,
-                message,
-                clock=self._clock,
-                timeout_s=timeout_s,
-                only_for=check,
-            )
-
         try:
-            return await open_link()
+            return await self._open_link(hop, message)
         except HopFailed as error:
             if error.code is not ErrorCode.ADAPTER_MISSING or request.adapter is None:
                 raise
         await self._bring(hop, request.adapter)
-        return await open_link()
+        return await self._open_link(hop, message)
+
+    async def _open_link(self, hop: PlannedHop, message: OpenSession) -> Link:
+        link = await Link.open(
+            self._transport,
+            hop,
+            message,
+            clock=self._clock,
+            timeout_s=self._timeouts.open_s,
+            only_for=None if self._request.policy is None else self._request.policy.check,
+            grant=self._grant,
+        )
+        if link.account is not None:
+            self.accounts.append(link.account)
+        return link
 
     async def _bring(self, hop: PlannedHop, adapter: AdapterSource) -> None:
         """Give a hop the adapter that it lacks. Raises HopFailed."""
@@ -375,6 +400,29 @@ class Hops:
         except (NetworkError, RemoteError, ProtocolError) as error:
             raise HopFailed(hop, error) from error
         log.info("brought the adapter to %s: %d bytes", hop.peer_id, pushed.sent_bytes)
+
+    def _allowance(self) -> dict[str, Any]:
+        if self._grant is None:
+            return {}
+        signed = self._grant.signed
+        return {
+            "allowance": signed.payload,
+            "allowance_signature": signed.signature,
+            "allowance_issuer": signed.public_key,
+        }
+
+    async def _vouch_for(self, links: Iterable[Link], work: Work) -> None:
+        """Vouch ahead for what hops have to compute again, since it may exceed two windows."""
+        for link in links:
+            if link.account is None:
+                continue
+            link.account.issued += work
+            voucher = link.account.sign_all()
+            if voucher is not None:
+                try:
+                    await link.connection.send(voucher)
+                except NetworkError as error:
+                    raise HopFailed(link.hop, error) from error
 
     async def ask_previous(self, link: Link, previous: Link) -> None:
         message = SetPrevious(route_version=self._version(), previous_peer=previous.peer_id)
@@ -437,6 +485,8 @@ class Hops:
                 break
             except RemoteError:
                 log.info("%s has no journal any more", chain[index].peer_id)
+                again = Work(prefill_tokens=self._request.rows * resume.length)
+                await self._vouch_for([chain[index]], again)
                 await self._set_route(chain[index], chain[index + 1], forward_replays=True)
         else:
             end = journal.length if before else resume.position

@@ -19,6 +19,9 @@ import typer
 
 from swarm.client.background import BackgroundLoop
 from swarm.client.config import (
+    AUDITS_VARIABLE,
+    LEDGER_FILE,
+    LEDGER_FILE_VARIABLE,
     PEERS_FILE,
     PEERS_FILE_VARIABLE,
     PEERS_VARIABLE,
@@ -138,7 +141,12 @@ def client_settings(
 ) -> ClientSettings:
     """The same for a file that was read already. Raises ConfigError."""
     flags = {"peers": " ".join(peers or ()) or None, "dtype": dtype}
-    environment = {PEERS_FILE_VARIABLE: str(PEERS_FILE), **os.environ}
+    environment = {
+        PEERS_FILE_VARIABLE: str(PEERS_FILE),
+        LEDGER_FILE_VARIABLE: str(LEDGER_FILE),
+        AUDITS_VARIABLE: "1",
+        **os.environ,
+    }
     return load_settings(flags, environment=environment, file_values=file_values)
 
 

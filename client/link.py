@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from swarm.client.hop_speed import HopSpeed
+from swarm.client.vouchers import Grant, HopAccount
 from swarm.connection import Connection, PassportCheck, remote_error
 from swarm.ports import Clock, Transport
 from swarm.protocol.errors import (
@@ -97,6 +98,8 @@ class Link:
         """Of the latest ping."""
         self.speed = HopSpeed()
         self.failure: HopFailed | None = None
+        self.account: HopAccount | None = None
+        """What the hop is vouched for; None when it keeps no books."""
         self._clock = clock
         self._taken_over: asyncio.Future[TakenOver] = asyncio.get_running_loop().create_future()
         self._expected: dict[tuple[type[Message], int | str], asyncio.Future[Answer]] = {}
@@ -118,6 +121,7 @@ class Link:
         clock: Clock,
         timeout_s: float,
         only_for: PassportCheck | None = None,
+        grant: Grant | None = None,
     ) -> Link:
         """Open a session on a hop, if its passport passes ``only_for``.
 
@@ -141,7 +145,10 @@ class Link:
                 if opened.adapter_id != request.adapter_id:
                     # Older nodes do not know the field: they would answer as the bare model.
                     raise ProtocolError(ErrorCode.BAD_FIELD, "computes without the adapter")
-                return cls(hop, connection, opened, clock)
+                link = cls(hop, connection, opened, clock)
+                if grant is not None and opened.keeps_books:
+                    link.account = HopAccount(grant, hop.peer_id, request, opened, clock)
+                return link
         except TimeoutError:
             if connection is not None:
                 await connection.close()

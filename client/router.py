@@ -28,6 +28,7 @@ from swarm.chain_choice import (
 from swarm.client.bans import FailureKind
 from swarm.client.known_nodes import KnownNodes
 from swarm.connection import Connection
+from swarm.ledger.reputation import Reputations, Standing
 from swarm.ports import Clock, Transport
 from swarm.protocol.errors import (
     ErrorCode,
@@ -99,7 +100,10 @@ class Router:
         *,
         clock: Clock,
         dice: random.Random,
+        reputations: Reputations | None = None,
     ) -> None:
+        """``reputations``: what audits found; nodes in quarantine are never used."""
+        self._reputations = reputations or Reputations()
         self._transport = transport
         self._known = known
         self._needs = needs
@@ -143,7 +147,7 @@ class Router:
         )
         for hop in plan.hops:
             known.opening(hop.peer_id)
-        last_resorts = sum(known.is_banned(hop.peer_id) for hop in plan.hops)
+        last_resorts = sum(self._is_last_resort(hop.peer_id) for hop in plan.hops)
         return replace(plan, expected_step_s=plan.expected_step_s - last_resorts * LAST_RESORT_S)
 
     async def is_online(self) -> bool:
@@ -199,7 +203,7 @@ class Router:
         )
         if self._needs.preferred_adapter and not answer.load.has_adapter:
             entry = replace(entry, wait_s=entry.wait_s + BRINGING_S)
-        if self._known.is_banned(peer):
+        if self._is_last_resort(peer):
             return replace(entry, wait_s=entry.wait_s + LAST_RESORT_S)
         return entry
 
@@ -209,6 +213,16 @@ class Router:
         record = self._known.record(peer)
         round_trip_s = self._known.round_trip_s(peer)
         return Place(round_trip_s) if record is None else place_of(record, round_trip_s)
+
+    def _standing(self, peer: PeerId) -> Standing:
+        return self._reputations.standing(peer, self._clock.unix_s())
+
+    def _quarantine(self, peer: PeerId) -> str:
+        standing = self._standing(peer)
+        return standing.value if standing is Standing.QUARANTINED else ""
+
+    def _is_last_resort(self, peer: PeerId) -> bool:
+        return self._known.is_banned(peer) or self._standing(peer) is not Standing.USABLE
 
     # --- candidates
     async def _willing(
@@ -233,11 +247,11 @@ class Router:
                 reasons[record.peer_id] = refusal
             known.append(record)
         for record in known:
-            reason = obstacle(record, self._needs)
+            reason = obstacle(record, self._needs) or self._quarantine(record.peer_id)
             if reason:
                 reasons.setdefault(record.peer_id, reason)
         usable = [record for record in known if record.peer_id not in reasons]
-        unbanned = [record for record in usable if not self._known.is_banned(record.peer_id)]
+        unbanned = [record for record in usable if not self._is_last_resort(record.peer_id)]
         # What they said of their state may be some seconds old; they are asked at last.
         unready = {
             record.peer_id: reasons.pop(record.peer_id)

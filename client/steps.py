@@ -7,9 +7,13 @@ from collections import deque
 from dataclasses import replace
 
 from swarm.client.hops import SessionRequest
+from swarm.client.result_trail import ResultTrail
 from swarm.journal import Journal, JournalBudget
+from swarm.ledger.sketch import Sketcher
 from swarm.protocol.errors import SwarmError
+from swarm.protocol.ledger_objects import Work
 from swarm.protocol.messages import MAX_DEADLINE_MS, Step, StepResult
+from swarm.protocol.prices import step_work
 from swarm.protocol.session import ClientSession, IssuedStep, SessionTerms, accepted_step_tokens
 from swarm.protocol.tensors import WireTensor
 
@@ -19,7 +23,11 @@ STEPS_IN_FLIGHT = 4
 class Steps:
     """What the client itself must remember of a session, so that any hop can be replaced."""
 
-    def __init__(self, request: SessionRequest, budget: JournalBudget) -> None:
+    def __init__(
+        self, request: SessionRequest, budget: JournalBudget, sketcher: Sketcher | None = None
+    ) -> None:
+        """``sketcher``: sketches of results are kept for audits."""
+        self.trail = ResultTrail(sketcher, request.rows) if sketcher is not None else None
         self.session = ClientSession(
             SessionTerms(
                 rows=request.rows,
@@ -65,6 +73,9 @@ class Steps:
         if not self.session.may_issue:
             self._may_issue.clear()
         self.journal.append(position, activations, row_order)
+        if self.trail is not None:
+            self.trail.cut(position)
+            self.trail.is_reordered |= bool(row_order)
         loop = asyncio.get_running_loop()
         left_ms = MAX_DEADLINE_MS
         if deadline_s is not None:
@@ -85,11 +96,21 @@ class Steps:
         """Steps from this number on, for a first hop that has not seen them."""
         return [sent for sent in self._sent if sent.step >= step]
 
+    def work_since(self, step: int) -> Work:
+        """The work of the steps from this number on, on each hop that sees them."""
+        work = Work()
+        for sent in self.sent_since(step):
+            rows, tokens, _ = sent.activations.shape
+            work += step_work(rows, tokens)
+        return work
+
     def take(self, result: StepResult) -> IssuedStep | None:
         """Match a result to its step; None for a repetition. Raises ProtocolError."""
         issued = self.session.accept(result)
         if issued is None:
             return None
+        if self.trail is not None:
+            self.trail.add(issued.position + issued.tokens, result.activations)
         future = self._results.pop(issued.step)
         if not future.done():
             future.set_result(result)

@@ -28,7 +28,10 @@ from typing import TYPE_CHECKING, TypeVar
 from swarm.cached_peers import load_peers
 from swarm.clock_offset import ClockOffsets, CorrectedClock
 from swarm.gate import Gate
+from swarm.ledger.model_price import block_price
+from swarm.ledger.node_books import LedgerStore
 from swarm.membership import Announcer, coverage, read_nodes
+from swarm.node.accounts import LedgerTerms, NodeLedger
 from swarm.node.adapter_weights import CatalogueAdapters
 from swarm.node.addresses import for_people, for_record, is_public
 from swarm.node.advice import Adviser
@@ -50,11 +53,12 @@ from swarm.node.rebalancing import Rebalancer
 from swarm.node.relocation import Relocation, SeenNodes
 from swarm.node.service import NodeService, ServiceLimits
 from swarm.node.surroundings import Surroundings, remember_peers
+from swarm.node.tit_for_tat import Owed
 from swarm.node.view import NodeStatus, View
 from swarm.node.weights import NodeWeights
 from swarm.ports import Clock
 from swarm.protocol.errors import ConfigError, NetworkError, SwarmError
-from swarm.protocol.identity import Identity, PeerId
+from swarm.protocol.identity import Identity, PeerId, public_key_from_peer_id
 from swarm.protocol.records import MAX_ADAPTERS, NodeRecord, NodeState
 from swarm.protocol.version import MAXIMUM_VERSION, MINIMUM_VERSION, software_version
 from swarm.revocations import RevocationWatch
@@ -248,7 +252,11 @@ class _Node:
                     self._show_engine(model, engine)
                     stack.push_async_callback(engine.close)
                     around = self._surroundings(network, announcer)
-                    service = await self._serve(network, model, engine, around.view)
+                    owed = Owed(
+                        self._settings.ledger_file, self._settings.client_ledger, self._clock
+                    )
+                    ledger = await self._ledger(stack, model, owed)
+                    service = await self._serve(network, model, engine, around.view, ledger)
                     relocation = self._relocation(model, engine, service, announcer)
                     stack.push_async_callback(relocation.close)
                     stack.push_async_callback(service.close)
@@ -264,10 +272,12 @@ class _Node:
                     rebalancing = group.create_task(self._rebalance(around, relocation, announcer))
                     reaching = group.create_task(self._stay_reachable(network, announcer))
                     moving = group.create_task(service.leave_relays())
+                    comparing = group.create_task(owed.run())
                     await self._leaving.wait()
                     rebalancing.cancel()
                     await asyncio.wait((rebalancing,))
                     await self._drain(announcer, service)
+                    comparing.cancel()
                     moving.cancel()
                     reaching.cancel()
                     refreshing.cancel()
@@ -430,8 +440,37 @@ class _Node:
         )
         await rebalancer.run()
 
+    async def _ledger(
+        self, stack: AsyncExitStack, model: OpenedModel, owed: Owed
+    ) -> NodeLedger | None:
+        """The node's books, closed after everything that writes into them."""
+        settings = self._settings
+        if not settings.books:
+            return None
+        store = await asyncio.to_thread(LedgerStore.open, settings.ledger_file)
+        stack.push_async_callback(store.close)
+        terms = LedgerTerms(
+            model_revision=model.checkpoint.revision,
+            mflop_per_block_token=await asyncio.to_thread(block_price, model.checkpoint),
+            dtype_class=model.wire_dtype.name.lower(),
+            operators=frozenset(map(bytes.fromhex, settings.operator_keys)),
+            owner_keys=frozenset(
+                {
+                    self._identity.public_key_bytes,
+                    *map(public_key_from_peer_id, settings.owner_keys),
+                }
+            ),
+            anonymous_tokens_per_s=settings.anonymous_tokens_per_s,
+        )
+        return NodeLedger(self._identity, store, terms, self._clock, owed_to=owed)
+
     async def _serve(
-        self, network: HivemindNetwork, model: OpenedModel, engine: SpanEngine, view: NodesView
+        self,
+        network: HivemindNetwork,
+        model: OpenedModel,
+        engine: SpanEngine,
+        view: NodesView,
+        ledger: NodeLedger | None,
     ) -> NodeService:
         settings = self._settings
         revision = model.checkpoint.revision
@@ -450,6 +489,7 @@ class _Node:
             ),
             gate=self._gate,
             adapter_catalogue=CatalogueAdapters(self._weights.library, revision),
+            ledger=ledger,
         )
         await service.start()
         return service

@@ -29,6 +29,7 @@ from swarm.node.config import (
     load_settings,
 )
 from swarm.node.donor.commands import app as donor_app
+from swarm.node.ledger_commands import app as ledger_app
 from swarm.node.service_commands import app as service_app
 from swarm.node.service_commands import identity as identity_command
 from swarm.protocol.errors import (
@@ -67,6 +68,7 @@ app = typer.Typer(
     "blocks until Ctrl-C or [bold]drain[/bold], [bold]seed[/bold] runs the meeting point of a new "
     "swarm.",
 )
+app.add_typer(ledger_app, name="ledger")
 
 # --- flags that several commands share -----------------------------------------------------------
 Peers = Annotated[

@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 from swarm.membership_files import MembershipFiles
 from swarm.node.donor.limits import LIMIT_NAMES, DonorLimits
 from swarm.node.hours import EXAMPLE_HOURS, Week, parse_week
-from swarm.protocol.errors import ConfigError
+from swarm.protocol.errors import ConfigError, ProtocolError
+from swarm.protocol.identity import public_key_from_peer_id
 from swarm.protocol.messages import MAX_BLOCKS
 from swarm.protocol.records import COUNTRY
 
@@ -165,6 +166,11 @@ class PeerSettings:
         """Where peers of the last run are kept, for when none of ``peers`` answers."""
         return self.identity_file.with_suffix(".peers")
 
+    @property
+    def ledger_file(self) -> Path:
+        """The node's books: vouchers, receipts, evidence."""
+        return self.identity_file.with_suffix(".ledger")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSettings(PeerSettings):
@@ -252,6 +258,21 @@ class NodeSettings(PeerSettings):
 
     drain_timeout_s: float = 60.0
     """Seconds that a leaving node waits until its sessions are handed over or have ended."""
+
+    books: bool = True
+    """Whether to keep books of the work done, by vouchers that clients sign."""
+
+    operator_keys: tuple[str, ...] = ()
+    """Public keys, in hexadecimal, of operators whose allowances count as paid."""
+
+    owner_keys: tuple[str, ...] = ()
+    """Peer ids of your other nodes: who signs with their keys is served first, as with ours."""
+
+    anonymous_tokens_per_s: int = 0
+    """Tokens that each user without a paid allowance may reserve per second; 0 is no limit."""
+
+    client_ledger: Path | None = None
+    """Books of your own client: nodes that served you are served before strangers."""
 
     relays: tuple[str, ...] = ()
     """Peers that may relay for a node behind a router; by default those of ``peers``."""
@@ -495,6 +516,16 @@ def _check_node(settings: NodeSettings) -> None:
         raise ConfigError(f"device {settings.device!r}: one of {', '.join(DEVICES)}")
     if settings.declared_watts is not None and not 0 < settings.declared_watts <= 20_000:
         raise ConfigError("declared_watts must be above 0 and at most 20000")
+    for key in settings.operator_keys:
+        if not re.fullmatch("[0-9a-f]{64}", key):
+            raise ConfigError(f"operator_keys: {key!r} is no public key of 64 hexadecimal digits")
+    for peer in settings.owner_keys:
+        try:
+            public_key_from_peer_id(peer)
+        except ProtocolError:
+            raise ConfigError(f"owner_keys: {peer!r} is no peer id, as in 12D3KooW...") from None
+    if settings.anonymous_tokens_per_s < 0:
+        raise ConfigError("anonymous_tokens_per_s must not be negative")
     if not 0 <= settings.drain_timeout_s <= 3600:
         raise ConfigError("drain_timeout_s must be between 0 and 3600 seconds")
     if settings.dtype not in DTYPES:

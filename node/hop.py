@@ -25,12 +25,15 @@ from typing import Protocol
 
 from swarm.connection import Connection, error_message
 from swarm.journal import Journal, JournalBudget
+from swarm.ledger.channel import Equivocation
+from swarm.node.accounts import PendingReceipt, SessionAccount
 from swarm.node.engine.api import Engine, SessionCache, StepInput
 from swarm.node.handover import Dial, Mover, SessionState, receive_state
 from swarm.pieces import join_tokens, pieces
 from swarm.ports import Clock
 from swarm.protocol.errors import ErrorCode, NetworkError, ProtocolError
 from swarm.protocol.identity import PeerId
+from swarm.protocol.ledger_objects import Work
 from swarm.protocol.messages import (
     MAX_HOPS,
     MAX_TOKENS,
@@ -38,17 +41,24 @@ from swarm.protocol.messages import (
     Draining,
     Error,
     HandOver,
+    JournalChunk,
     Ping,
     Pong,
     ProbeReport,
+    ReadTranscript,
     Replay,
     Replayed,
     SetPrevious,
     SetRoute,
+    SignedReceipt,
+    SignedVoucher,
     Step,
     StepResult,
+    TranscriptEnd,
+    TranscriptPart,
 )
 from swarm.protocol.policy import Policy
+from swarm.protocol.prices import step_work
 from swarm.protocol.session import HopSession, SessionTerms, Verdict
 from swarm.protocol.tensors import WireTensor
 
@@ -58,8 +68,11 @@ REPLAY_TOKENS = 256
 """``rows x tokens`` of one Replay: large enough for the device, small enough to show progress."""
 REPLAYS_WAITING = 8
 MAXIMUM_PREPARED_ROUTES = 4
+LINKS_PER_PART = 256
 
 MAXIMUM_BACKGROUND_TASKS = 8
+VOUCHER_WAIT_S = 2.0
+"""For a voucher that was overtaken by its step."""
 
 
 class HopObserver(Protocol):
@@ -170,6 +183,11 @@ class Hop:
         self._background: set[asyncio.Task[None]] = set()
         self._opened_s = self._last_step_s = clock.monotonic_s()
         self._mistakes = 0
+        self.account: SessionAccount | None = None
+        """Of a node that keeps books; set before the session runs."""
+        self.last_receipt: SignedReceipt | None = None
+        """After the session: for the last voucher that came."""
+        self._voucher_came = asyncio.Event()
 
     # --- life
     @asynccontextmanager
@@ -196,6 +214,8 @@ class Hop:
             self._tasks = None
             self._cache.close()
             self._journal.drop()
+            if self.account is not None:
+                self.last_receipt = await self.account.close()
         if failure is not None:
             raise failure
 
@@ -297,6 +317,46 @@ class Hop:
         if version == self._attached_version and self._tasks is not None:
             await self.tell_client(ErrorCode.PREVIOUS_HOP_LOST, route_version=version)
 
+    # --- accounts
+    def take_voucher(self, message: SignedVoucher) -> None:
+        """A voucher counts at once; its receipt follows when it is kept. Raises ProtocolError."""
+        account = self.account
+        if account is None:
+            raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "no books are kept here")
+        try:
+            pending = account.accept(message)
+        except Equivocation as error:
+            self.start(account.keep_evidence(error))
+            raise
+        self._voucher_came.set()
+        self.start(self._send_receipt(account, pending))
+
+    async def _send_receipt(self, account: SessionAccount, pending: PendingReceipt) -> None:
+        receipt = await account.keep(pending)
+        with contextlib.suppress(NetworkError):
+            await self._control.send(receipt)
+
+    def _count(self, work: Work) -> None:
+        if self.account is not None:
+            self.account.add(work)
+
+    async def _be_covered(self, work: Work, *, voucher_may_come: bool) -> None:
+        """Refuse work beyond two windows that no voucher covers.
+
+        A voucher and a step on different streams race: the step waits for it a little.
+        """
+        account = self.account
+        if account is None or account.may_do(work):
+            return
+        if voucher_may_come:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(VOUCHER_WAIT_S):
+                    while not account.may_do(work):
+                        self._voucher_came.clear()
+                        await self._voucher_came.wait()
+        if not account.may_do(work):
+            raise ProtocolError(ErrorCode.VOUCHER_MISSING)
+
     # --- moving to another node
     async def tell_draining(self, wait_s: float) -> None:
         """Ask the client for a replacement."""
@@ -326,6 +386,24 @@ class Hop:
         self._last_step_s = self._clock.monotonic_s()
         with contextlib.suppress(NetworkError):
             await self._control.send(answer)
+
+    # --- what was handled
+    async def show_transcript(self, connection: Connection, message: ReadTranscript) -> None:
+        """Show the session's client what was handled, and what was sent on."""
+        if connection.peer != self._control.peer:
+            raise ProtocolError(ErrorCode.NOT_NAMED_BY_SESSION, "not the session's client")
+        if self.account is None:
+            raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "no books are kept here")
+        start, links = self.account.transcript.read()
+        for first in range(0, len(links), LINKS_PER_PART):
+            part = links[first : first + LINKS_PER_PART]
+            await connection.send(TranscriptPart(links=tuple(link.to_bytes() for link in part)))
+        end = min(message.end_position, self._journal.length)
+        for position, piece in pieces(
+            self._journal.read(0, end), max(1, REPLAY_TOKENS // self.terms.rows)
+        ):
+            await connection.send(JournalChunk(position=position, activations=piece))
+        await connection.send(TranscriptEnd(start=start, journal_gone=int(self._journal.is_gone)))
 
     # --- the route
     def check_route(self, message: SetRoute) -> None:
@@ -401,17 +479,28 @@ class Hop:
             await self.tell_client(ErrorCode.NEXT_HOP_LOST, route_version=route.version)
 
     # --- steps and replays
-    async def submit(self, message: Step | Replay) -> None:
-        """Accept what the previous hop sent. Raises ProtocolError, and then nothing changed."""
+    async def submit(self, message: Step | Replay, *, voucher_may_come: bool = False) -> None:
+        """Accept what the previous hop sent. Raises ProtocolError, and then nothing changed.
+
+        ``voucher_may_come``: on another stream, and perhaps a moment later.
+        """
+        rows, tokens, _ = message.activations.shape
         if isinstance(message, Replay):
+            work = Work(prefill_tokens=rows * tokens)
+            await self._be_covered(work, voucher_may_come=voucher_may_come)
             self._state.accept_replay(message)
+            self._count(work)
             self._last_step_s = self._clock.monotonic_s()
             await self._inbox.put(message)
             return
         if len(message.hop_compute_us) >= MAX_HOPS or len(message.hop_queue_us) >= MAX_HOPS:
             raise ProtocolError(ErrorCode.BAD_FIELD, "too many hops")
+        work = step_work(rows, tokens)
+        if message.step > self._state.received_step:
+            await self._be_covered(work, voucher_may_come=voucher_may_come)
         match self._state.accept(message):
             case Verdict.APPLY:
+                self._count(work)
                 self._last_step_s = self._clock.monotonic_s()
                 deadline_s = (
                     self._last_step_s + message.deadline_ms / 1000 if message.deadline_ms else None
@@ -457,6 +546,10 @@ class Hop:
             step.activations, step.position, step.output_tokens if last else tokens, row_order
         )
         self._mover.changed(0 if row_order else step.position)
+        if self.account is not None and self.account.wants_vouchers:
+            self.account.transcript.add(
+                step=step.step, position=step.position, given=step.activations, answered=output
+            )
         self._observer.step_done(
             rows=rows,
             tokens=tokens,
@@ -502,6 +595,10 @@ class Hop:
             replay.activations, replay.position, 1 if last else tokens, ()
         )
         self._mover.changed(replay.position)
+        if self.account is not None and self.account.wants_vouchers:
+            self.account.transcript.add(
+                step=0, position=replay.position, given=replay.activations, answered=output
+            )
         self._observer.replayed(tokens=rows * tokens)
         if not last:
             self._journal.append(replay.position, output)

@@ -19,12 +19,13 @@ from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from swarm.connection import KEEPS_FRAMING, Connection, PassportCheck
 from swarm.gate import Gate
 from swarm.journal import DEFAULT_BUDGET_BYTES, JournalBudget
 from swarm.local_stream import stream_to_ourselves
+from swarm.node.accounts import NodeLedger, Standing
 from swarm.node.adapter_intake import AdapterCatalogue, AdapterIntake
 from swarm.node.engine.api import CacheRequest, Engine
 from swarm.node.engine.training_api import TrainingEngine
@@ -56,12 +57,14 @@ from swarm.protocol.messages import (
     PreviousSet,
     ProbePeer,
     PushAdapter,
+    ReadTranscript,
     Replay,
     RouteReady,
     SessionClosed,
     SessionOpened,
     SetPrevious,
     SetRoute,
+    SignedVoucher,
     Step,
     TakeOver,
 )
@@ -143,9 +146,11 @@ class NodeService:
         limits: ServiceLimits | None = None,
         gate: Gate | None = None,
         adapter_catalogue: AdapterCatalogue | None = None,
+        ledger: NodeLedger | None = None,
     ) -> None:
         """``gate`` has our own passport, in a swarm with a charter."""
         self._gate = gate
+        self._ledger = ledger
         self._transport = transport
         self._engine = engine
         self._model_revision = model_revision
@@ -307,6 +312,8 @@ class NodeService:
                 if first.model_revision != self._model_revision:
                     raise ProtocolError(ErrorCode.UNKNOWN_MODEL)
                 await self._adapter_intake.take(connection, first, self._engine, self._receive)
+            case ReadTranscript():
+                await self._serve_auditor(connection, first)
             case _:
                 raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, type(first).__name__)
 
@@ -377,6 +384,7 @@ class NodeService:
                         maximum_steps_in_flight=hop.terms.maximum_steps_in_flight,
                         free_cache_tokens=self._engine.load.cache_tokens_free,
                         adapter_id=request.adapter_id,
+                        **self._account_terms(hop),
                     )
                 )
                 if not self._accepting:
@@ -389,6 +397,8 @@ class NodeService:
             if not self._sessions_of[peer]:
                 del self._sessions_of[peer]
             self._observer.session_closed()
+        if hop.last_receipt is not None:
+            await connection.send(hop.last_receipt)
         await connection.send(SessionClosed())
 
     def _accepted_policy(self, content: bytes) -> Policy | None:
@@ -399,6 +409,15 @@ class NodeService:
             own = None if gate is None else gate.known(self._transport.peer_id)
             policy.check(self._transport.peer_id, own)
         return policy
+
+    def _account_terms(self, hop: Hop) -> dict[str, Any]:
+        if self._ledger is None or hop.account is None:
+            return {}
+        return {
+            "keeps_books": int(hop.account.wants_vouchers),
+            "mflop_per_block_token": self._ledger.terms.mflop_per_block_token,
+            "dtype_class": self._ledger.terms.dtype_class,
+        }
 
     def _open(self, connection: Connection, request: OpenSession) -> Hop:
         dtype, encoding = check_open(request)
@@ -423,6 +442,8 @@ class NodeService:
             maximum_step_tokens=accepted_step_tokens(engine.hidden_size, dtype),
             maximum_steps_in_flight=self._limits.steps_in_flight,
         )
+        peer = connection.peer
+        standing = self._ledger.admit(request, peer) if self._ledger else Standing(peer, 0)
         cache = engine.reserve(
             CacheRequest(
                 first_block=request.first_block,
@@ -432,9 +453,11 @@ class NodeService:
                 wire_dtype=dtype,
                 left_padding=request.left_padding,
                 adapter_id=request.adapter_id,
+                payer=standing.payer,
+                priority=standing.priority,
             )
         )
-        return Hop(
+        hop = Hop(
             terms=terms,
             previous_peer=PeerId(request.previous_peer),
             first_step=request.first_step,
@@ -449,6 +472,9 @@ class NodeService:
             limits=HopLimits(self._limits.session_idle_s, self._limits.session_lifetime_s),
             journal_budget=self.journals,
         )
+        if self._ledger is not None:
+            hop.account = self._ledger.account(standing, request, hop.session_id)
+        return hop
 
     async def _read_control(self, connection: Connection, hop: Hop) -> None:
         while True:
@@ -465,6 +491,8 @@ class NodeService:
                     case SetPrevious():
                         hop.set_previous(message)
                         await connection.send(PreviousSet(route_version=message.route_version))
+                    case SignedVoucher():
+                        hop.take_voucher(message)
                     case ProbePeer():
                         hop.start(hop.probe(PeerId(message.peer), self._reaches))
                     case HandOver():
@@ -585,7 +613,7 @@ class NodeService:
                     case Step() | Replay():
                         await hop.heard_from(connection)
                         try:
-                            await hop.submit(message)
+                            await hop.submit(message, voucher_may_come=True)
                         except ProtocolError as error:
                             self._refused(connection.peer, error)
                             hop.count_mistake(self._limits.errors_per_stream, error)
@@ -627,6 +655,13 @@ class NodeService:
         if not isinstance(engine, TrainingEngine):
             raise ProtocolError(ErrorCode.TRAINING_NOT_OFFERED)
         await self._training.serve_client(connection, request, engine, engine.hidden_size)
+
+    # --- the stream of a client that looks at what was done
+    async def _serve_auditor(self, connection: Connection, message: ReadTranscript) -> None:
+        hop = self._hops.get(message.session_id)
+        if hop is None:
+            raise ProtocolError(ErrorCode.UNKNOWN_SESSION)
+        await hop.show_transcript(connection, message)
 
     # --- bookkeeping
     def _sessions_changed(self) -> None:

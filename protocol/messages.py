@@ -56,6 +56,12 @@ MAX_PASSPORT_BYTES = 768
 MAX_POLICY_BYTES = 2048
 MAX_CHUNKS = 1 << 20
 """In all parts of one manifest."""
+MAX_OBJECT_BYTES = 4096
+"""Payload of a signed object of the ledger."""
+PUBLIC_KEY_BYTES = 32
+SIGNATURE_BYTES = 64
+LINK_BYTES = 3 * 8 + 2 * DIGEST_BYTES
+"""One link of a transcript: step, position, tokens, hash of the input, hash of the output."""
 
 
 # --- field specifications ------------------------------------------------------------------------
@@ -193,6 +199,11 @@ class OpenSession(Message):
     """The adapter to compute with; empty: the bare model. A hop that lacks it refuses."""
     policy: bytes = wire(40, Bytes(0, MAX_POLICY_BYTES), b"")
     """Who may see anything of the session, as ``policy`` writes it; empty: everybody."""
+    allowance: bytes = wire(30, Bytes(0, MAX_OBJECT_BYTES), b"")
+    """Payload of the allowance that the session's vouchers draw on; empty: there are none."""
+    allowance_signature: bytes = wire(31, Bytes(0, SIGNATURE_BYTES), b"")
+    allowance_issuer: bytes = wire(32, Bytes(0, PUBLIC_KEY_BYTES), b"")
+    """Public key of who signed it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +218,12 @@ class SessionOpened(Message):
     free_cache_tokens: int = wire(4, Uint(MAX_STEP), 0)
     adapter_id: bytes = wire(20, Bytes(0, DIGEST_BYTES), b"")
     """As asked for. A hop that does not know adapters leaves it out, and the client leaves it."""
+    keeps_books: int = wire(30, Uint(1), 0)
+    """1: it took the allowance and wants vouchers."""
+    mflop_per_block_token: int = wire(31, Uint(MAX_STEP), 0)
+    """What it counts a token through one block for."""
+    dtype_class: str = wire(32, Text(16), "")
+    """The precision that its answers are held to when they are audited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -818,6 +835,56 @@ class PassportIssued(Message):
     charter: bytes = wire(2, Bytes(1, 1536))
 
 
+# --- accounts of work ----------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class SignedVoucher(Message):
+    """Client to hop, on the control stream: what you did so far (``ledger_objects.Voucher``)."""
+
+    TAG = 70
+    payload: bytes = wire(1, Bytes(1, MAX_OBJECT_BYTES))
+    signature: bytes = wire(2, Bytes(SIGNATURE_BYTES, SIGNATURE_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class SignedReceipt(Message):
+    """Hop to client: the voucher is on our disk (``ledger_objects.Receipt``)."""
+
+    TAG = 71
+    payload: bytes = wire(1, Bytes(1, MAX_OBJECT_BYTES))
+    signature: bytes = wire(2, Bytes(SIGNATURE_BYTES, SIGNATURE_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTranscript(Message):
+    """First message of a stream, by a session's client: show what you handled and sent on.
+
+    Answered by TranscriptPart ..., JournalChunk ..., TranscriptEnd.
+    """
+
+    TAG = 72
+    session_id: bytes = wire(1, Bytes(SESSION_ID_BYTES, SESSION_ID_BYTES))
+    end_position: int = wire(2, Uint(MAX_TOKENS), 0)
+    """Positions of the journal that are wanted; 0: none."""
+
+
+@dataclass(frozen=True, slots=True)
+class TranscriptPart(Message):
+    """Links of the hash chain, oldest first; each as ``docs/protocol.md`` has it."""
+
+    TAG = 73
+    links: tuple[bytes, ...] = wire(1, Array(Bytes(LINK_BYTES, LINK_BYTES), 256))
+
+
+@dataclass(frozen=True, slots=True)
+class TranscriptEnd(Message):
+    """Everything was sent. ``start`` is the chain's head before the first link."""
+
+    TAG = 74
+    start: bytes = wire(1, Bytes(DIGEST_BYTES, DIGEST_BYTES))
+    journal_gone: int = wire(2, Uint(1), 0)
+    """1: what was sent on is no longer kept."""
+
+
 MESSAGE_TYPES: tuple[type[Message], ...] = (
     Hello,
     HelloReply,
@@ -875,6 +942,11 @@ MESSAGE_TYPES: tuple[type[Message], ...] = (
     Chunk,
     RedeemInvitation,
     PassportIssued,
+    SignedVoucher,
+    SignedReceipt,
+    ReadTranscript,
+    TranscriptPart,
+    TranscriptEnd,
 )
 
 RETIRED_TAGS: frozenset[int] = frozenset()

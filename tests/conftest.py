@@ -8,17 +8,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from scripts.prepare_demo_model import demo_model_folder, is_prepared
 
 REPOSITORY = Path(__file__).parents[1]
+
+# A busy machine is no failure: no example is timed.
+settings.register_profile("any speed", deadline=None)
+settings.load_profile("any speed")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def peers_of_earlier_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Commands that tests run neither read nor write what their owner's commands remember."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SWARM_PEERS_FILE", str(tmp_path_factory.mktemp("client") / "peers"))
+        folder = tmp_path_factory.mktemp("client")
+        patch.setenv("SWARM_PEERS_FILE", str(folder / "peers"))
+        patch.setenv("SWARM_LEDGER_FILE", str(folder / "ledger"))
+        patch.setenv("SWARM_AUDITS", "0")  # each test says what it asks of nodes
         yield
 
 

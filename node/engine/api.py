@@ -31,6 +31,10 @@ class CacheRequest:
     left_padding: tuple[int, ...] = ()
     adapter_id: bytes = b""
     """Which adapter the session computes with; empty: the bare model."""
+    payer: str = ""
+    """By whom sessions take turns when not all steps fit into a batch."""
+    priority: int = 0
+    """Steps of a lower number go first."""
 
 
 @dataclass(frozen=True, slots=True)

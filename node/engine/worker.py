@@ -26,7 +26,13 @@ from swarm.compute.devices import check_magnitude
 from swarm.compute.wire_tensors import TORCH_DTYPES, tensor_from_wire, tensor_to_wire
 from swarm.node.engine.adapted_layers import Segment
 from swarm.node.engine.api import StepInput, StepOutput
-from swarm.node.engine.batching import SHORT_STEP_TOKENS, BatchLimits, WaitingStep, choose_batch
+from swarm.node.engine.batching import (
+    SHORT_STEP_TOKENS,
+    BatchLimits,
+    Turns,
+    WaitingStep,
+    choose_batch,
+)
 from swarm.node.engine.cache import SpanCache
 from swarm.node.engine.contention import ContentionMeter, ThreadGovernor
 from swarm.node.engine.device_threads import DeviceThreads
@@ -116,6 +122,7 @@ class Worker:
         self._share = BetweenShare()
         self._changed = threading.Condition()
         self._stopping = False
+        self._turns = Turns()
         self._last_steps: dict[int, float] = {}
         self._last_compute_s = 0.0
         self._ran_long_step = False
@@ -147,7 +154,11 @@ class Worker:
         loop = self._start()
         rows, tokens, _ = step.activations.shape
         blocks = (cache.request.first_block, cache.request.end_block)
-        job = _Job(cache, step, WaitingStep(id(cache), blocks, rows * tokens), loop.create_future())
+        request = cache.request
+        waiting = WaitingStep(
+            id(cache), blocks, rows * tokens, payer=request.payer, priority=request.priority
+        )
+        job = _Job(cache, step, waiting, loop.create_future())
         with self._changed:
             if self._stopping:
                 raise ProtocolError(ErrorCode.DRAINING, "the engine is closed")
@@ -292,11 +303,20 @@ class Worker:
                     if not self._waiting:
                         continue
                     self._gather()
-                chosen = set(choose_batch([job.waiting for job in self._waiting], self._limits))
+                waiting = [job.waiting for job in self._waiting]
+                chosen = set(
+                    choose_batch(
+                        waiting,
+                        self._limits,
+                        self._turns.served(waiting),
+                        oldest_first=self._turns.is_for_the_oldest,
+                    )
+                )
                 jobs = [job for index, job in enumerate(self._waiting) if index in chosen]
                 self._waiting = [
                     job for index, job in enumerate(self._waiting) if index not in chosen
                 ]
+                self._turns.serve([job.waiting for job in jobs])
                 for job in jobs:
                     job.cache.steps_running += 1
                 if jobs:  # none when the waiting one was withdrawn meanwhile

@@ -1,4 +1,5 @@
-"""Accounts of work that operators, nodes, clients and outsiders share: log, proofs, rules of money.
+"""Accounts of work that nodes, clients, operators and outsiders share.
 
-Pure but for `tiles`, which writes files. The operator's process is `swarm/operator`.
+Vouchers and transcripts, log and proofs, rules of money, audits. Pure but for tiles and commits,
+which write files. The operator's process is `swarm/operator`.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,8 +20,13 @@ from swarm.client.adapter_push import AdapterSource
 from swarm.client.bans import FailureKind
 from swarm.client.chain import Chain, ChainObserver, ChainTimeouts
 from swarm.client.hops import SessionRequest
+from swarm.client.vouchers import issue_for_ourselves
 from swarm.journal import JournalBudget
+from swarm.ledger import node_books
+from swarm.ledger.commits import DirectCommits
+from swarm.ledger.node_books import LedgerReader, LedgerStore
 from swarm.memory_network import MemoryNetwork, MemoryPeer, MemorySettings
+from swarm.node.accounts import LedgerTerms, NodeLedger
 from swarm.node.engine.api import (
     CacheRegion,
     CacheRequest,
@@ -293,6 +299,8 @@ class ToyNode:
     engine: ToyEngine
     service: NodeService
     counted: Counted
+    books: sqlite3.Connection
+    identity: Identity
 
 
 class ToyPlanner:
@@ -368,14 +376,25 @@ class ToySwarm:
         settings: MemorySettings | None = None,
         limits: ServiceLimits | None = None,
         on_event: Callable[[float, str], None] | None = None,
+        books: bool = True,
     ) -> None:
+        """``books``: nodes want vouchers, and the client signs them."""
+        self._books = books
         self.network = MemoryNetwork(seed, settings or MemorySettings(), on_event=on_event)
         self.clock = LoopClock()
         self.client = self.network.join(Identity.generate())
         self.nodes = []
         for first, end in spans:
-            peer = self.network.join(Identity.generate())
+            identity = Identity.generate()
+            peer = self.network.join(identity)
             engine, counted = ToyEngine(first, end), Counted()
+            commits = DirectCommits(node_books.SCHEMA)
+            ledger = NodeLedger(
+                identity,
+                LedgerStore(commits),
+                LedgerTerms(REVISION, mflop_per_block_token=7, dtype_class="float32"),
+                self.clock,
+            )
             service = NodeService(
                 peer,
                 engine,
@@ -384,8 +403,9 @@ class ToySwarm:
                 observer=counted,
                 clock=self.clock,
                 limits=limits,
+                ledger=ledger if books else None,
             )
-            self.nodes.append(ToyNode(peer, engine, service, counted))
+            self.nodes.append(ToyNode(peer, engine, service, counted, commits.database, identity))
         self.number_of_blocks = max(end for _, end in spans)
 
     async def _resolve(self, peer: PeerId, *, afresh: bool = False) -> Sequence[str] | None:
@@ -424,6 +444,7 @@ class ToySwarm:
             clock=self.clock,
             observer=observer,
             timeouts=timeouts,
+            grant=issue_for_ourselves(self.clock.unix_s()) if self._books else None,
         )
         running = asyncio.create_task(chain.run())
         try:
@@ -434,6 +455,12 @@ class ToySwarm:
             await running
 
     async def assert_nothing_left(self) -> None:
+        """The same, and no honest client was taken for one who does not vouch."""
+        await self.assert_nothing_left_but_refusals()
+        for node in self.nodes:
+            assert ErrorCode.VOUCHER_MISSING not in node.counted.codes
+
+    async def assert_nothing_left_but_refusals(self) -> None:
         """All sessions and reservations end; whoever leaks one fails here by deadlock."""
         for node in self.nodes:
             if self.network.peer(node.peer.peer_id) is None:
@@ -443,6 +470,7 @@ class ToySwarm:
                 if self.clock.monotonic_s() > 24 * 3600:
                     raise AssertionError("a session is never freed")
             assert node.counted.opened == node.counted.closed
+            LedgerReader(node.books).verify()
 
 
 class ToyAdapter:

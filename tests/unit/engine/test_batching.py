@@ -3,7 +3,13 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.node.engine.batching import BatchLimits, WaitingStep, choose_batch
+from swarm.node.engine.batching import (
+    BatchLimits,
+    Turns,
+    WaitingStep,
+    choose_batch,
+    service_order,
+)
 
 LIMITS = BatchLimits(maximum_steps=8, maximum_tokens=512)
 ALL = (0, 10)
@@ -83,3 +89,48 @@ def test_any_queue_empties_in_order(waiting: list[WaitingStep]) -> None:
         remaining = [item for index, item in enumerate(remaining) if index not in chosen]
     for numbers in ran.values():
         assert numbers == sorted(numbers)
+
+
+def paid(*described: tuple[str, str, int, int]) -> list[WaitingStep]:
+    """Session, payer, priority, tokens."""
+    return [
+        WaitingStep(session, ALL, tokens, payer=payer, priority=priority)
+        for session, payer, priority, tokens in described
+    ]
+
+
+ONE = BatchLimits(maximum_steps=1, maximum_tokens=64)
+
+
+def test_the_owner_goes_first_and_strangers_do_not_starve() -> None:
+    waiting = paid(("a", "stranger", 3, 32), ("b", "member", 2, 32), ("c", "owner", 0, 32))
+    assert service_order(waiting) == [2, 1, 0]
+    assert choose_batch(waiting, ONE) == [2]
+    assert choose_batch(waiting, ONE, oldest_first=True) == [0]
+
+
+def test_payers_take_turns_whatever_the_number_of_their_sessions() -> None:
+    flood = [(f"f{number}", "flooder", 3, 32) for number in range(20)]
+    waiting = paid(*flood, ("s", "small", 3, 32))
+    assert service_order(waiting)[:3] == [0, 20, 1]
+    assert choose_batch(waiting, BatchLimits(maximum_steps=2, maximum_tokens=64)) == [0, 20]
+
+
+def test_a_flooder_gets_no_more_than_its_share() -> None:
+    """One payer with fifty sessions and one with a single one, a step at a time."""
+    turns = Turns()
+    queue = paid(*[(f"f{number}", "flooder", 3, 10) for number in range(50)], ("s", "small", 3, 10))
+    served = {"flooder": 0, "small": 0}
+    for _ in range(160):
+        (index,) = choose_batch(
+            queue, ONE, turns.served(queue), oldest_first=turns.is_for_the_oldest
+        )
+        turns.serve([queue[index]])
+        served[queue[index].payer] += 1
+        queue.append(queue.pop(index))  # the session sends its next step at once
+    assert served["small"] >= 70  # of 80: every eighth batch goes to whoever waits longest
+
+
+def test_one_payer_is_served_in_the_order_of_arrival() -> None:
+    waiting = paid(("a", "", 0, 32), ("b", "", 0, 1), ("c", "", 0, 1))
+    assert service_order(waiting) == [0, 1, 2]

@@ -78,6 +78,11 @@ SAMPLES: list[Message] = [
     messages.Chunk(7, b"abc"),
     messages.RedeemInvitation(b"invitation"),
     messages.PassportIssued(b"passport", b"charter"),
+    messages.SignedVoucher(b"{}", bytes(64)),
+    messages.SignedReceipt(b"{}", bytes(64)),
+    messages.ReadTranscript(bytes(16), 5),
+    messages.TranscriptPart((bytes(88),)),
+    messages.TranscriptEnd(bytes(32)),
 ]
 TAGS = [sample.TAG for sample in SAMPLES]
 HOSTILE = settings(max_examples=2000, deadline=None, derandomize=True, database=None)

@@ -1,0 +1,87 @@
+"""``swarm audit``: limits for a model's audits, and what audits have found."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swarm.client.config import LEDGER_FILE, LEDGER_FILE_VARIABLE
+from swarm.protocol.errors import SwarmError
+from swarm.threads import configure_threads_environment
+
+app = typer.Typer(no_args_is_help=True, help="Limits of audits, and what audits have found.")
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or a model's name.")],
+    text: Annotated[
+        list[Path], typer.Option("--text", metavar="FILE", help="Texts to run; repeatable.")
+    ],
+    windows: Annotated[
+        int, typer.Option("--windows", help="Pieces of text, 128 tokens each.")
+    ] = 12,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Where to write; by default into the checkpoint."),
+    ] = None,
+) -> None:
+    """Measure how far honest nodes are from float32, and write the limits beside the checkpoint.
+
+    Takes minutes, and the memory of the model in float32 twice.
+    """
+    try:
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in text]
+        configure_threads_environment()
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        from swarm.catalogue.checkpoint import resolve_checkpoint
+        from swarm.client.calibration import SpanRunner, calibrate
+        from swarm.ledger.calibrated import FILE_NAME, to_json
+
+        folder = resolve_checkpoint(model)
+        limits = calibrate(
+            SpanRunner(folder),
+            texts,
+            most_windows=windows,
+            progress=lambda line: print(line, file=sys.stderr),
+        )
+        target = output or folder / FILE_NAME
+        target.write_text(to_json(limits), encoding="ascii")
+        print(f"wrote {target}")
+    except OSError as error:
+        print(f"swarm: {error.filename}: {error.strerror}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except SwarmError as error:
+        print(f"swarm: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def show(
+    ledger: Annotated[
+        Path | None, typer.Option("--ledger", metavar="FILE", help="Books of your client.")
+    ] = None,
+) -> None:
+    """What your client's audits found of each node."""
+    from swarm.client.ledger_store import known_reputations
+
+    path = ledger or Path(os.environ.get(LEDGER_FILE_VARIABLE) or LEDGER_FILE).expanduser()
+    try:
+        reputations = known_reputations(path)
+    except SwarmError as error:
+        print(f"swarm: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    now_s = time.time()
+    for peer in reputations.peers:
+        reputation = reputations.of(peer)
+        print(
+            f"{peer}  {reputation.audits} audits, {reputation.clean} right in a row:"
+            f" {reputation.standing(now_s).value}"
+        )
+    if not reputations.peers:
+        print("no audits yet")

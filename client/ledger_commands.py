@@ -1,0 +1,242 @@
+"""``swarm ledger``: what you received and gave, and proofs of it for others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from swarm.client.config import LEDGER_FILE, LEDGER_FILE_VARIABLE
+from swarm.protocol.errors import SwarmError, UsageError
+
+if TYPE_CHECKING:
+    from swarm.client.ledger_store import ClientLedgerReader
+    from swarm.ledger.node_books import ChannelEntry, LedgerReader
+
+app = typer.Typer(no_args_is_help=True, help="What you received and gave, and proofs of it.")
+
+NODE_LEDGER = Path("~/.local/share/sovereign-swarm/identity.ledger")
+
+Ledger = Annotated[
+    Path | None, typer.Option("--ledger", metavar="FILE", help="Books of your client.")
+]
+NodeLedger = Annotated[
+    Path | None, typer.Option("--node-ledger", metavar="FILE", help="Books of your node.")
+]
+Operator = Annotated[
+    str | None, typer.Option("--operator", metavar="URL", help="An operator's address.")
+]
+Account = Annotated[
+    str | None,
+    typer.Option("--account", help="An account at the operator, as node:12D3KooW... says it."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def balance(
+    ledger: Ledger = None,
+    node_ledger: NodeLedger = None,
+    operator: Operator = None,
+    account: Account = None,
+    as_json: AsJson = False,
+) -> None:
+    """Units received and given, and what an operator's account holds."""
+    with _outcome():
+        content: dict[str, Any] = {"received_units": 0, "given_units": 0}
+        with _client_books(ledger) as books:
+            if books is not None:
+                content["received_units"] = sum(books.received_from().values())
+        with _node_books(node_ledger) as node:
+            if node is not None:
+                content["given_units"] = node.totals().units
+        if operator is not None:
+            if account is None:
+                raise UsageError("name the account with --account")
+            content["account"] = _at_operator(operator, account)["balance"]
+        if as_json:
+            print(json.dumps(content))
+            return
+        print(f"received {content['received_units']:,} units from others' nodes")
+        print(f"given    {content['given_units']:,} units by your own node")
+        if "account" in content:
+            print(f"account  {content['account']:,} units at {operator}")
+
+
+@app.command()
+def history(
+    ledger: Ledger = None,
+    operator: Operator = None,
+    account: Account = None,
+    limit: Annotated[int, typer.Option("--limit", help="Most entries.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """The latest sessions, or the latest entries of an operator's account."""
+    with _outcome():
+        entries: list[dict[str, Any]] = []
+        if operator is not None:
+            if account is None:
+                raise UsageError("name the account with --account")
+            entries = _at_operator(operator, account)["entries"][:limit]
+        else:
+            with _client_books(ledger) as books:
+                for entry in books.received() if books is not None else ():
+                    if len(entries) >= limit:
+                        break
+                    entries.append(
+                        {
+                            "time": entry.unix_s,
+                            "node": entry.node,
+                            "tokens": entry.tokens,
+                            "units": entry.units,
+                            "receipt": bool(entry.receipt),
+                        }
+                    )
+        if as_json:
+            print(json.dumps({"entries": entries}))
+            return
+        for each in entries:
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.pop("time")))
+            print(when, " ".join(f"{name}={value}" for name, value in each.items()))
+        if not entries:
+            print("nothing yet")
+
+
+@app.command()
+def prove(
+    output: Annotated[Path, typer.Argument(help="The file to write.")],
+    node_ledger: NodeLedger = None,
+    operator: Operator = None,
+    account: Account = None,
+) -> None:
+    """Write a file that proves work to anybody: by vouchers, or by an operator's public log.
+
+    The file names sessions and keys, no person and no text. scripts/verify_proof.py checks it
+    offline.
+    """
+    from swarm.ledger.proof_file import proof_file, voucher_items
+
+    with _outcome():
+        if operator is not None:
+            if account is None:
+                raise UsageError("name the account with --account")
+            content = proof_file(account, asyncio.run(_leaf_items(operator, account)))
+        else:
+            with _node_books(node_ledger) as node:
+                if node is None:
+                    raise UsageError("your node has no books yet; name them with --node-ledger")
+                entry = next(iter(node.channels()), None)
+                if entry is None:
+                    raise UsageError("nobody has vouched for any work yet")
+                content = proof_file(_node_of(entry), voucher_items(node))
+        output.write_text(content, encoding="ascii")
+        print(f"wrote {output}; check it with scripts/verify_proof.py", file=sys.stderr)
+
+
+@app.command()
+def verify(ledger: Ledger = None, node_ledger: NodeLedger = None) -> None:
+    """Check signatures and chains of your own books. Exit code 1 if something does not hold."""
+    from swarm.ledger.feed import BrokenFeed
+    from swarm.protocol.errors import ProtocolError
+
+    with _outcome():
+        try:
+            with _client_books(ledger) as books:
+                if books is not None:
+                    print(f"your client's books hold: {books.verify()[0]} events")
+            with _node_books(node_ledger) as node:
+                if node is not None:
+                    print(f"your node's books hold: {node.verify()[0]} events")
+        except (BrokenFeed, ProtocolError) as error:
+            print(f"swarm: the books do not hold: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+
+# --- where things are ----------------------------------------------------------------------------
+@contextmanager
+def _client_books(path: Path | None) -> Iterator[ClientLedgerReader | None]:
+    from swarm.client.ledger_store import ClientLedgerReader
+
+    found = path or Path(os.environ.get(LEDGER_FILE_VARIABLE) or LEDGER_FILE)
+    found = found.expanduser()
+    if path is None and not found.exists():
+        yield None
+        return
+    reader = ClientLedgerReader.open(found)
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+@contextmanager
+def _node_books(path: Path | None) -> Iterator[LedgerReader | None]:
+    from swarm.ledger.node_books import LedgerReader
+
+    found = (path or NODE_LEDGER).expanduser()
+    if path is None and not found.exists():
+        yield None
+        return
+    reader = LedgerReader.open(found)
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+def _node_of(entry: ChannelEntry) -> str:
+    from swarm.protocol import strict_json
+    from swarm.protocol.ledger_objects import Receipt
+
+    return strict_json.parse(Receipt, entry.receipt.payload).node
+
+
+def _at_operator(url: str, account: str) -> dict[str, Any]:
+    from swarm.ledger.operator_client import OperatorClient
+
+    async def ask() -> dict[str, Any]:
+        async with OperatorClient(url) as operator:
+            return await operator.account(account)
+
+    return asyncio.run(ask())
+
+
+async def _leaf_items(url: str, account: str) -> list[str]:
+    """Every entry of an account with its leaf and its proof."""
+    from swarm.ledger.operator_client import OperatorClient
+    from swarm.ledger.proof_file import leaf_item
+
+    items = []
+    async with OperatorClient(url) as operator:
+        before: int | None = None
+        while True:
+            entries = (await operator.account(account, before))["entries"]
+            for entry in entries:
+                index = int(entry["index"])
+                leaf, proof = await operator.leaf(index), await operator.proof(index)
+                items.append(leaf_item(leaf, proof))
+            if not entries:
+                return items
+            before = min(int(entry["index"]) for entry in entries)
+
+
+@contextmanager
+def _outcome() -> Iterator[None]:
+    """Our errors in one line."""
+    from swarm.client.output import explain
+
+    try:
+        yield
+    except (SwarmError, sqlite3.Error, OSError) as error:
+        text = explain(error) if isinstance(error, SwarmError) else str(error)
+        print(f"swarm: {text}", file=sys.stderr)
+        raise typer.Exit(2) from None

@@ -1,0 +1,274 @@
+"""What a node knows of who pays, in what order it serves them, and the account of each session.
+
+Whoever presents an allowance sends vouchers as the work goes on; the node answers with receipts,
+and stops at two windows of work that no voucher covers. A voucher is on the disk before its receipt
+is sent. Priority is by class, never by balance; within a class payers take turns. Without an
+operator allowances are self-issued: they count for statistics, and for tit-for-tat, since an owner
+may sign them with the key of their own node.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from swarm.ledger.channel import (
+    ChannelTerms,
+    Equivocation,
+    Signed,
+    VoucherChannel,
+    check_allowance,
+)
+from swarm.ledger.exposure import may_go_on
+from swarm.ledger.node_books import LedgerStore
+from swarm.ledger.token_bucket import TokenBuckets
+from swarm.ledger.transcript import Transcript
+from swarm.ports import Clock
+from swarm.protocol import ledger_objects
+from swarm.protocol.errors import ErrorCode, ProtocolError
+from swarm.protocol.identity import Identity, PeerId
+from swarm.protocol.ledger_objects import (
+    ANONYMOUS,
+    AUDIT,
+    FUNDED,
+    LOCAL,
+    MEMBER,
+    Allowance,
+    Receipt,
+    Voucher,
+    Work,
+)
+from swarm.protocol.messages import OpenSession, SignedReceipt, SignedVoucher
+
+log = logging.getLogger(__name__)
+
+OWNER_PRIORITY, FUNDED_PRIORITY, MEMBER_PRIORITY, LOWEST_PRIORITY = range(4)
+_CLASS_PRIORITY = {
+    FUNDED: FUNDED_PRIORITY,
+    AUDIT: FUNDED_PRIORITY,  # looks and is served like what it pretends to be
+    MEMBER: MEMBER_PRIORITY,
+    ANONYMOUS: LOWEST_PRIORITY,
+    LOCAL: LOWEST_PRIORITY,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Who pays for a session, and before whom it is served."""
+
+    payer: str
+    """A pseudonym by which payers take turns."""
+    priority: int
+    """0 first."""
+    allowance: Allowance | None = None
+    signed: Signed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerTerms:
+    """What a node's books are about."""
+
+    model_revision: bytes
+    mflop_per_block_token: int
+    dtype_class: str
+    operators: Collection[bytes] = ()
+    """Public keys that may issue allowances that can be spent."""
+    owner_keys: Collection[bytes] = ()
+    """Who signs with one of these is our owner and is served first."""
+    anonymous_tokens_per_s: int = 0
+    """For each peer without a paid allowance; 0: no limit."""
+    anonymous_burst_tokens: int = 16384
+
+
+class NodeLedger:
+    """The books of one node: admits sessions and opens their accounts."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        store: LedgerStore,
+        terms: LedgerTerms,
+        clock: Clock,
+        *,
+        owed_to: Callable[[], Mapping[str, int]] | None = None,
+    ) -> None:
+        """``owed_to``: units by which each payer did more for our owner than we did for them."""
+        self.terms = terms
+        self._identity = identity
+        self._store = store
+        self._clock = clock
+        self._owed_to = owed_to
+        self._anonymous = TokenBuckets(terms.anonymous_tokens_per_s, terms.anonymous_burst_tokens)
+
+    @property
+    def store(self) -> LedgerStore:
+        return self._store
+
+    def admit(self, request: OpenSession, peer: PeerId) -> Standing:
+        """Check the allowance of a new session. Raises ProtocolError, also for want of tokens."""
+        standing = self._standing(request, peer)
+        if standing.priority == LOWEST_PRIORITY and self.terms.anonymous_tokens_per_s:
+            tokens = request.rows * request.maximum_tokens
+            if not self._anonymous.take(peer, tokens, self._clock.monotonic_s()):
+                raise ProtocolError(ErrorCode.NO_CAPACITY, "more than anonymous users get")
+        return standing
+
+    def _standing(self, request: OpenSession, peer: PeerId) -> Standing:
+        if not request.allowance:
+            return Standing(payer=peer, priority=LOWEST_PRIORITY)
+        signed = Signed(request.allowance, request.allowance_signature, request.allowance_issuer)
+        allowance = check_allowance(
+            signed, operators=self.terms.operators, now_unix_s=self._clock.unix_s()
+        )
+        issuer = signed.public_key
+        if issuer in self.terms.owner_keys:
+            return Standing("owner", OWNER_PRIORITY, allowance, signed)
+        priority = _CLASS_PRIORITY[allowance.allowance_class]
+        if allowance.allowance_class != LOCAL:
+            return Standing(allowance.serial, priority, allowance, signed)
+        # Self-issued: a key that is made for each session has no history, one that stays has.
+        payer = peer if issuer.hex() == allowance.voucher_key else issuer.hex()
+        if self._owed_to is not None and self._owed_to().get(payer, 0) > 0:
+            priority = MEMBER_PRIORITY
+        return Standing(payer, priority, allowance, signed)
+
+    def account(
+        self, standing: Standing, request: OpenSession, session_id: bytes
+    ) -> SessionAccount:
+        """The account of a session that was opened."""
+        return SessionAccount(
+            identity=self._identity,
+            store=self._store,
+            clock=self._clock,
+            standing=standing,
+            terms=self.terms,
+            request=request,
+            session_id=session_id,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PendingReceipt:
+    """A voucher that counts, and the receipt that waits until it is on the disk."""
+
+    voucher: Signed
+    receipt: Signed
+    units: int
+
+
+class SessionAccount:
+    """Work done and vouched for in one session, and what was handled in it."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        store: LedgerStore,
+        clock: Clock,
+        standing: Standing,
+        terms: LedgerTerms,
+        request: OpenSession,
+        session_id: bytes,
+    ) -> None:
+        self._identity = identity
+        self._store = store
+        self._clock = clock
+        self._standing = standing
+        self._terms = terms
+        self._session = session_id.hex()
+        self.transcript = Transcript(session_id)
+        self.done = Work()
+        self._channel: VoucherChannel | None = None
+        self._is_begun = False
+        self._answered: PendingReceipt | None = None
+        if standing.allowance is not None:
+            self._channel = VoucherChannel(
+                standing.allowance,
+                ChannelTerms(
+                    node=identity.peer_id,
+                    session=self._session,
+                    model=request.model_revision.hex(),
+                    first_block=request.first_block,
+                    end_block=request.end_block,
+                    adapter=request.adapter_id.hex(),
+                    mflop_per_block_token=terms.mflop_per_block_token,
+                ),
+            )
+
+    @property
+    def wants_vouchers(self) -> bool:
+        return self._channel is not None
+
+    def may_do(self, work: Work) -> bool:
+        """Whether the vouchers so far allow one more step."""
+        return self._channel is None or may_go_on(self.done, self._channel.covered, work)
+
+    def add(self, work: Work) -> None:
+        """Work that was accepted."""
+        self.done += work
+
+    def accept(self, message: SignedVoucher) -> PendingReceipt:
+        """Check a voucher, which counts from now on; :meth:`keep` what this returns.
+
+        Raises ProtocolError; for an Equivocation :meth:`keep_evidence`.
+        """
+        channel = self._channel
+        if channel is None:
+            raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "no allowance was presented")
+        channel.accept(message.payload, message.signature, self._clock.unix_s())
+        best, signed = channel.best, channel.best_signed
+        if best is None or signed is None:
+            raise RuntimeError("a voucher was accepted and is not there")
+        # A voucher that comes again gets the same receipt: two would contradict each other.
+        if self._answered is None or self._answered.voucher.payload != signed.payload:
+            self._answered = PendingReceipt(signed, self._receipt(best), channel.units)
+        return self._answered
+
+    async def keep(self, pending: PendingReceipt) -> SignedReceipt:
+        """Write a voucher to the disk; only then may its receipt be sent."""
+        allowance, signed = self._standing.allowance, self._standing.signed
+        if allowance is None or signed is None:
+            raise RuntimeError("a receipt without an allowance")
+        if not self._is_begun:
+            self._is_begun = True
+            await self._store.begin(signed, allowance.serial, self._standing.payer)
+        await self._store.keep(pending.voucher, pending.receipt, pending.units)
+        return SignedReceipt(payload=pending.receipt.payload, signature=pending.receipt.signature)
+
+    async def keep_evidence(self, error: Equivocation) -> None:
+        """Keep two vouchers that contradict each other."""
+        await self._store.keep_evidence(
+            "equivocation",
+            error.first.envelope(Voucher).to_json(),
+            error.second.envelope(Voucher).to_json(),
+        )
+
+    def _receipt(self, voucher: Voucher) -> Signed:
+        receipt = Receipt(
+            serial=voucher.serial,
+            node=voucher.node,
+            session=voucher.session,
+            sequence=voucher.sequence,
+            model=voucher.model,
+            first_block=voucher.first_block,
+            end_block=voucher.end_block,
+            adapter=voucher.adapter,
+            prefill_tokens=voucher.prefill_tokens,
+            decode_tokens=voucher.decode_tokens,
+            backward_tokens=voucher.backward_tokens,
+            moved_bytes=voucher.moved_bytes,
+            steps=self.transcript.length,
+            transcript=self.transcript.head.hex(),
+            dtype_class=self._terms.dtype_class,
+            unix_s=int(self._clock.unix_s()),
+        )
+        return Signed.of(ledger_objects.sign(receipt, self._identity.private_key))
+
+    async def close(self) -> SignedReceipt | None:
+        """The session is over: what was vouched for is kept; the receipt for the last voucher."""
+        if self._answered is None or self._standing.allowance is None:
+            return None
+        receipt = await self.keep(self._answered)
+        await self._store.end(self._standing.allowance.serial, self._session)
+        return receipt

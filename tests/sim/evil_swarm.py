@@ -1,0 +1,208 @@
+"""Honest and evil nodes around one client that audits, in a memory network and virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from swarm.client.app import SwarmClient
+from swarm.client.auditing import Finding
+from swarm.client.chain import Chain
+from swarm.client.hops import SessionRequest
+from swarm.ledger import node_books
+from swarm.ledger.audit_rule import Floats, to_array
+from swarm.ledger.commits import DirectCommits
+from swarm.ledger.node_books import LedgerStore
+from swarm.ledger.reputation import Found
+from swarm.membership import Announcer
+from swarm.memory_network import MemoryNetwork
+from swarm.node.accounts import LedgerTerms, NodeLedger
+from swarm.node.engine.api import Engine
+from swarm.node.neighbours import Neighbours
+from swarm.node.service import NodeService
+from swarm.protocol.errors import ErrorCode, SwarmError
+from swarm.protocol.identity import Identity, PeerId
+from swarm.protocol.records import NodeRecord, NodeState
+from swarm.protocol.tensors import DType
+from swarm.simulation.evil import Behaviour, EvilEngine
+from swarm.simulation.numeric_engine import (
+    NUMERIC_HIDDEN,
+    NumericBlocks,
+    NumericEngine,
+    from_array,
+)
+from swarm.virtual_time import LoopClock
+
+REVISION = b"n" * 32
+BLOCKS = 6
+SPANS = ((0, 2), (2, 4), (4, 6))
+MOST_TOKENS = 64
+
+
+def identity(number: int) -> Identity:
+    """The same peers in each run."""
+    return Identity(Ed25519PrivateKey.from_private_bytes(number.to_bytes(32, "big")))
+
+
+class Silent:
+    """An observer that counts nothing."""
+
+    def session_opened(self) -> None: ...
+    def session_closed(self) -> None: ...
+    def refused(self, code: ErrorCode) -> None: ...
+    def bytes_moved(self, *, sent: int, received: int) -> None: ...
+    def step_done(
+        self, *, rows: int, tokens: int, blocks: int, queue_us: int, compute_us: int
+    ) -> None: ...
+    def replayed(self, *, tokens: int) -> None: ...
+
+
+@dataclass
+class EvilNode:
+    peer_id: PeerId
+    behaviour: Behaviour | None
+    service: NodeService
+
+
+class EvilSwarm:
+    """Three nodes for each span, of which those named are evil."""
+
+    def __init__(self, evil: Sequence[Behaviour | None], seed: int = 1) -> None:
+        """One entry per span; that span's last node behaves so. None: all three are honest."""
+        self.clock = LoopClock()
+        self.network = MemoryNetwork(seed, clock=self.clock)
+        self.nodes: list[EvilNode] = []
+        self.seed = seed
+        self._evil = evil
+        self._stack = AsyncExitStack()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[SwarmClient]:
+        """Its nodes announced, and a client that audits."""
+        announcing: list[asyncio.Task[None]] = []
+        async with AsyncExitStack() as stack:
+            for index in range(3 * len(SPANS)):
+                span = SPANS[index // 3]
+                behaviour = self._evil[index // 3] if index % 3 == 2 else None
+                announcing.append(await self._add(stack, identity(1 + index), span, behaviour))
+            await self.clock.sleep(5.0)
+            client_peer = self.network.join(identity(1000))
+            client = SwarmClient(client_peer, clock=self.clock, seed=self.seed, audits=True)
+            try:
+                yield client
+            finally:
+                await client.close()
+                for task in announcing:
+                    task.cancel()
+                await asyncio.gather(*announcing, return_exceptions=True)
+
+    async def _add(
+        self,
+        stack: AsyncExitStack,
+        own: Identity,
+        span: tuple[int, int],
+        behaviour: Behaviour | None,
+    ) -> asyncio.Task[None]:
+        peer = self.network.join(own)
+        engine: Engine = NumericEngine(*span)
+        if behaviour is not None:
+            engine = EvilEngine(engine, behaviour, seed=self.seed)
+        ledger = NodeLedger(
+            own,
+            LedgerStore(DirectCommits(node_books.SCHEMA)),
+            LedgerTerms(REVISION, mflop_per_block_token=1, dtype_class="float32"),
+            self.clock,
+        )
+        service = NodeService(
+            peer,
+            engine,
+            model_revision=REVISION,
+            resolve=Neighbours(peer, self.clock, REVISION).resolve,
+            observer=Silent(),
+            clock=self.clock,
+            ledger=ledger,
+        )
+        await service.start()
+        stack.push_async_callback(service.close)
+        record = NodeRecord(
+            peer_id=own.peer_id,
+            model_name="numeric",
+            model_revision=REVISION,
+            number_of_blocks=BLOCKS,
+            shards=1,
+            first_block=span[0],
+            end_block=span[1],
+            state=NodeState.ONLINE,
+            dtype=DType.FLOAT32,
+            minimum_version=1,
+            maximum_version=1,
+            sequence=0,
+            expires_unix_s=0,
+            decode_tokens_per_s=1000,
+            batched_tokens_per_s=1000,
+            cache_tokens_total=1 << 16,
+            cache_tokens_free=1 << 16,
+        )
+        announcer = Announcer(own, peer, self.clock, record, hidden_size=NUMERIC_HIDDEN)
+        self.nodes.append(EvilNode(own.peer_id, behaviour, service))
+        return asyncio.create_task(announcer.run())
+
+    @property
+    def evil(self) -> set[PeerId]:
+        return {node.peer_id for node in self.nodes if node.behaviour is not None}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One answer: whether it was right, who served it, and what the audit found."""
+
+    right: bool
+    peers: tuple[PeerId, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def is_trusted(self) -> bool:
+        """What a client can see: nobody of its chain was found wrong."""
+        suspects = {each.peer_id for each in self.findings if each.found is not Found.PASSED}
+        return not suspects & set(self.peers)
+
+
+async def ask(client: SwarmClient, seed: int, prompt: int = 12, tokens: int = 20) -> Outcome:
+    """A generation: each output is the next input; compared with the model run here."""
+    request = SessionRequest(REVISION, NUMERIC_HIDDEN, 1, MOST_TOKENS, DType.FLOAT32)
+    right_blocks = NumericBlocks(0, BLOCKS)
+    chain: Chain = await client.open_chain(request, number_of_blocks=BLOCKS)
+    try:
+        drawn = np.random.default_rng(seed).normal(size=(1, prompt, NUMERIC_HIDDEN))
+        states: Floats = drawn.astype(np.float32)
+        position, right = 0, True
+        for _ in range(tokens):
+            output = to_array(await chain.step(from_array(states), position, output_tokens=1))
+            expected = right_blocks.compute(states, position)[:, -1:]
+            right &= bool(np.allclose(output, expected, atol=1e-3))
+            position += states.shape[1]
+            states = np.tanh(output).astype(np.float32)  # what a client makes of what it got
+        findings = await client.auditor.audit(chain)
+        return Outcome(right, tuple(hop.peer_id for hop in chain.plan.hops), tuple(findings))
+    finally:
+        await chain.close()
+
+
+async def ask_until_trusted(client: SwarmClient, seed: int, attempts: int = 12) -> list[Outcome]:
+    """What a careful client does: what was found wrong is asked again, of others."""
+    outcomes: list[Outcome] = []
+    dice = random.Random(seed)
+    for _ in range(attempts):
+        try:
+            outcomes.append(await ask(client, dice.randrange(1 << 30)))
+        except SwarmError:
+            continue
+        if outcomes[-1].is_trusted:
+            break
+    return outcomes
