@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from swarm.cached_peers import load_peers, save_peers, worth_keeping
 from swarm.catalogue.download import Progress
@@ -44,11 +44,15 @@ from swarm.protocol.errors import NetworkError, NoRouteError, UsageError
 from swarm.protocol.identity import Identity, PeerId
 from swarm.protocol.passport import Passport
 from swarm.protocol.policy import Policy
+from swarm.protocol.prices import UNITS_PER_CREDIT
 from swarm.protocol.records import NodeRecord
 from swarm.protocol.tensors import DType
 from swarm.revocations import RevocationWatch
 from swarm.routing import Needs
 from swarm.virtual_time import LoopClock
+
+if TYPE_CHECKING:
+    from swarm.client.grants import OperatorGrants
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +84,11 @@ class SwarmClient:
         audits: bool = False,
         reputations: Reputations | None = None,
         vouches: bool = True,
+        grants: OperatorGrants | None = None,
     ) -> None:
         """``ledger``: where what hops did is kept; ``owner``: whose node's key signs allowances.
+
+        ``grants``: an operator's allowances, where there are any.
 
         ``audits``: look at what hops answered when sessions end (``client.auditing``).
         ``vouches``: sign for what hops do; who does not is served last.
@@ -99,6 +106,7 @@ class SwarmClient:
         self.gate = gate
         """Whom we deal with; None in a swarm without a charter."""
         self._settings = settings
+        self._grants = grants
         self._network = network
         self._clock = clock or LoopClock()
         self._timeouts = timeouts or ChainTimeouts()
@@ -166,6 +174,7 @@ class SwarmClient:
                 owner=owner,
                 audits=settings.audits,
                 reputations=reputations,
+                grants=await _grants(settings, stack, CorrectedClock(LoopClock(), offsets)),
             )
             if gate is not None:
                 await client._watch_revocations(identity, gate, settings.membership_files)
@@ -315,7 +324,7 @@ class SwarmClient:
             observer=self._observer,
             timeouts=self._timeouts_for(request),
             journal_budget=self._journals,
-            grant=self._grant(),
+            grant=await self._grant(),
             sketcher=self._sketcher(request.hidden_size) if self._audits else None,
             on_finished=self._audit if self._audits else None,
         )
@@ -378,9 +387,11 @@ class SwarmClient:
             reputations=self._reputations,
         )
 
-    def _grant(self) -> Grant | None:
+    async def _grant(self) -> Grant | None:
         if not self.vouches:
             return None
+        if self._grants is not None and (granted := await self._grants.take()) is not None:
+            return granted
         owner = self._owner.private_key if self._owner is not None else None
         return issue_for_ourselves(self._clock.unix_s(), owner)
 
@@ -473,3 +484,25 @@ class PolicyClient:
 
     async def close(self) -> None:
         """The client goes on: others use it too."""
+
+
+async def _grants(
+    settings: ClientSettings, stack: AsyncExitStack, clock: Clock
+) -> OperatorGrants | None:
+    """Allowances of the operator that the settings name and pin, if they do."""
+    if not (settings.operator_url and settings.operator_key):
+        return None
+    # aiohttp takes a moment to import: only where there is an operator
+    from swarm.client.grants import GrantTerms, OperatorGrants
+    from swarm.ledger.operator_client import OperatorClient
+
+    account = Identity.load(settings.account_path) if settings.account_path else None
+    terms = GrantTerms(
+        settings.operator_url,
+        bytes.fromhex(settings.operator_key),
+        int(settings.allowance_credits * UNITS_PER_CREDIT),
+        account,
+        settings.allowance_budget,
+    )
+    operator = await stack.enter_async_context(OperatorClient(settings.operator_url))
+    return OperatorGrants(terms, operator, clock)

@@ -5,6 +5,7 @@ Reading is pure: the caller passes the environment in. Nothing is read on import
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -27,6 +28,11 @@ LEDGER_FILE_VARIABLE = "SWARM_LEDGER_FILE"
 AUDITS_VARIABLE = "SWARM_AUDITS"
 """1 or 0; the command ``swarm`` audits unless it is 0."""
 
+OPERATOR_VARIABLE = "SWARM_OPERATOR"
+"""Environment variable with the URL of an operator."""
+OPERATOR_KEY_VARIABLE = "SWARM_OPERATOR_KEY"
+"""Environment variable with its public key; without it no allowances are asked for."""
+
 LEAST_TEMPERATURE = 1e-4
 """What is lower takes the most likely token: dividing by it would overflow."""
 FILE_VARIABLES = {
@@ -37,6 +43,15 @@ FILE_VARIABLES = {
 """Environment variables with the files of a client in a swarm with a charter."""
 
 DTYPES = ("auto", "float32", "bfloat16")
+PATHS = (
+    "identity_path",
+    "peers_file",
+    "ledger_file",
+    "owner_key_path",
+    "account_path",
+    "charter",
+    "passport",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +69,16 @@ class ClientSettings:
     owner_key_path: Path | None = None
     """Key file of a node of yours: it and others then know that you give too, and serve you first.
     Nodes can link your sessions to it."""
+    operator_url: str = ""
+    """An operator that grants allowances for sessions; empty: all are self-issued."""
+    operator_key: str = ""
+    """Its public key, 64 hexadecimal digits: allowances by another are refused."""
+    account_path: Path | None = None
+    """Key file of an account at the operator; None asks as an anonymous user."""
+    allowance_budget: str = ""
+    """A budget that the account may draw on; empty spends the account's own credit."""
+    allowance_credits: float = 1.0
+    """What one session may cost at most; what it does not use comes back."""
     audits: bool = False
     """Whether to have some of what nodes answered computed again by others, after sessions."""
     dtype: str = "auto"
@@ -111,6 +136,10 @@ class ClientSettings:
                 )
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+        if self.operator_key and not re.fullmatch("[0-9a-f]{64}", self.operator_key):
+            raise ConfigError("operator_key is no public key of 64 hexadecimal digits")
+        if not 0 < self.allowance_credits <= 10**6:
+            raise ConfigError("allowance_credits must be above 0 and at most a million")
         for name in ("connect_timeout_s", "open_timeout_s", "step_timeout_s"):
             if not 0 < getattr(self, name) <= 24 * 3600:
                 raise ConfigError(f"{name} must be above 0 and at most a day")
@@ -188,6 +217,10 @@ def load_settings(
             merged[name] = environment[variable]
     if environment.get(LEDGER_FILE_VARIABLE):
         merged["ledger_file"] = environment[LEDGER_FILE_VARIABLE]
+    if environment.get(OPERATOR_VARIABLE):
+        merged["operator_url"] = environment[OPERATOR_VARIABLE]
+    if environment.get(OPERATOR_KEY_VARIABLE):
+        merged["operator_key"] = environment[OPERATOR_KEY_VARIABLE]
     if environment.get(AUDITS_VARIABLE):
         merged["audits"] = environment[AUDITS_VARIABLE] == "1"
     merged |= {name: value for name, value in flags.items() if value not in (None, (), [])}
@@ -224,23 +257,17 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
             if not isinstance(value, bool):
                 raise ConfigError("hub must be true or false")
             typed[name] = value
-        elif name in (
-            "identity_path",
-            "peers_file",
-            "ledger_file",
-            "owner_key_path",
-            "charter",
-            "passport",
-        ):
+        elif name in PATHS:
             typed[name] = Path(value).expanduser()
         elif name == "audits":
             if not isinstance(value, bool):
                 raise ConfigError("audits must be true or false")
             typed[name] = value
-        elif name == "dtype":
+        elif name in ("dtype", "operator_url", "operator_key", "allowance_budget"):
             typed[name] = str(value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             typed[name] = float(value)
         else:
-            raise ConfigError(f"{name} must be a number of seconds")
+            of_seconds = " of seconds" if name.endswith("_s") else ""
+            raise ConfigError(f"{name} must be a number{of_seconds}")
     return typed

@@ -37,7 +37,7 @@ Operator = Annotated[
 ]
 Account = Annotated[
     str | None,
-    typer.Option("--account", help="An account at the operator, as node:12D3KooW... says it."),
+    typer.Option("--account", help="At the operator: user:12D3KooW... or escrow:12D3KooW..."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

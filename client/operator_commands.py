@@ -149,6 +149,27 @@ def draft_mint(
 
 
 @operator_app.command()
+def draft_repair(
+    event: Annotated[str, typer.Argument(help="Id of the event that went wrong.")],
+    source: Annotated[str, typer.Argument(help="Account that pays, such as budget:public.")],
+    target: Annotated[str, typer.Argument(help="Account that gets it, such as user:12D3KooW…")],
+    units: Annotated[int, typer.Argument(help="How much, in units: a credit has 10^9.")],
+    file: Annotated[Path, typer.Argument(help="Where to write the order.")],
+    key: Keys,
+    origin: Annotated[str, typer.Option("--origin", help="Name of the operator's log.")],
+    reason: Annotated[str, typer.Option("--reason", help="Stands in the public log.")],
+) -> None:
+    """Write an order that makes a mistake good, for the next mint key to sign."""
+    with outcome():
+        from swarm.protocol.operator_objects import Compensation
+
+        order = Compensation(
+            secrets.token_hex(16), origin, event, source, target, units, reason, _now()
+        )
+        file.write_text(_signed(order, key).to_json() + "\n", encoding="ascii")
+
+
+@operator_app.command()
 def sign(
     file: Annotated[Path, typer.Argument(help="An order that somebody has drafted.")],
     key: Keys,
@@ -184,15 +205,29 @@ def send(
 @operator_app.command()
 def price(
     folder: Folder,
-    model: Annotated[str, typer.Argument(help="Revision of the model, 64 hexadecimal digits.")],
-    blocks: Annotated[int, typer.Option("--blocks")],
-    mflop: Annotated[int, typer.Option("--mflop", help="MFLOP of one token through one block.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A checkpoint on this computer; or a revision, 64 hexadecimal digits."),
+    ],
     operator: Url,
+    blocks: Annotated[int | None, typer.Option("--blocks", help="Blocks of a revision.")] = None,
+    mflop: Annotated[
+        int | None, typer.Option("--mflop", help="MFLOP of one token through one of its blocks.")
+    ] = None,
 ) -> None:
     """Say what a block of a model costs; from then on work on it is paid."""
     with outcome():
         from swarm.protocol.operator_objects import ModelPrice
 
+        if blocks is None or mflop is None:
+            from swarm.catalogue.checkpoint import Checkpoint
+            from swarm.catalogue.resolve import resolve_checkpoint
+            from swarm.ledger.model_price import block_price
+
+            checkpoint = Checkpoint.open(resolve_checkpoint(model))
+            model, blocks = checkpoint.revision.hex(), checkpoint.number_of_blocks
+            mflop = block_price(checkpoint)
+            print(f"revision {model}, {blocks} blocks of {mflop} MFLOP per token")
         entry = ModelPrice(model, blocks, mflop, _now())
         _send_order(operator, _signed(entry, [_operator_key(folder)]))
 
@@ -230,6 +265,48 @@ def member(
 
         entry = MemberEntry(account, budget, daily_credits * UNITS_PER_CREDIT, organisation, _now())
         _send_order(operator, _signed(entry, [_operator_key(folder)]))
+
+
+@operator_app.command()
+def certify(
+    node: Annotated[str, typer.Argument(help="Peer id of the node.")],
+    organisation: Annotated[str, typer.Argument(help="Name of the organisation that vouches.")],
+    file: Annotated[Path, typer.Argument(help="Where to write the certificate.")],
+    key: Annotated[Path, typer.Option("--key", metavar="FILE", help="The organisation's key.")],
+    days: Annotated[int, typer.Option("--days", help="How long it is valid.")] = 90,
+) -> None:
+    """Vouch for a node: half of its earnings are free at once, and it needs no probation.
+
+    The node's owner puts the file into the node's settings, as certificate.
+    """
+    with outcome():
+        from swarm.protocol.operator_objects import NodeCertificate
+
+        stated = NodeCertificate(node, organisation, _now(), _now() + days * 24 * 3600)
+        file.write_text(_signed(stated, [key]).to_json() + "\n", encoding="ascii")
+
+
+@operator_app.command()
+def revoke(
+    node: Annotated[str, typer.Argument(help="Peer id of the node.")],
+    operator: Url,
+    key: Annotated[
+        Path,
+        typer.Option("--key", metavar="FILE", help="Its own key, its organisation's or yours."),
+    ],
+    reason: Annotated[
+        str, typer.Option("--reason", help="compromised, superseded, retired or misbehaved.")
+    ] = "compromised",
+) -> None:
+    """Let a node's key be worth nothing from now on."""
+    with outcome():
+        from swarm.protocol.identity import public_key_from_peer_id
+        from swarm.protocol.ledger_objects import Revocation
+
+        size = _asked(operator, lambda client: client.totals())["log_size"]
+        revoked = Revocation(public_key_from_peer_id(node).hex(), reason, size, _now())
+        index = _asked(operator, lambda client: client.revoke(_signed(revoked, [key])))
+        print(f"done; leaf {index} of the log")
 
 
 @operator_app.command()

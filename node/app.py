@@ -273,10 +273,12 @@ class _Node:
                     reaching = group.create_task(self._stay_reachable(network, announcer))
                     moving = group.create_task(service.leave_relays())
                     comparing = group.create_task(owed.run())
+                    settling = group.create_task(self._settle(ledger))
                     await self._leaving.wait()
                     rebalancing.cancel()
                     await asyncio.wait((rebalancing,))
                     await self._drain(announcer, service)
+                    settling.cancel()
                     comparing.cancel()
                     moving.cancel()
                     reaching.cancel()
@@ -463,6 +465,23 @@ class _Node:
             anonymous_tokens_per_s=settings.anonymous_tokens_per_s,
         )
         return NodeLedger(self._identity, store, terms, self._clock, owed_to=owed)
+
+    async def _settle(self, ledger: NodeLedger | None) -> None:
+        """Present vouchers to the operator, where there is one."""
+        settings = self._settings
+        if ledger is None or not settings.operator_url:
+            return
+        # aiohttp takes a moment to import: only where there is an operator
+        from swarm.node.settling import Settling, SettlingTerms
+
+        terms = SettlingTerms(
+            settings.operator_url,
+            ledger.terms.operators,
+            settings.payout,
+            settings.certificate,
+            settings.settle_interval_s,
+        )
+        await Settling(terms, self._identity, settings.ledger_file, ledger.store, self._clock).run()
 
     async def _serve(
         self,

@@ -265,6 +265,18 @@ class NodeSettings(PeerSettings):
     operator_keys: tuple[str, ...] = ()
     """Public keys, in hexadecimal, of operators whose allowances count as paid."""
 
+    operator_url: str = ""
+    """Where to settle, hourly; its key is one of ``operator_keys``. Empty: nowhere."""
+
+    payout: str = ""
+    """Peer id of the account that gets what the node earns; empty is the node's own key."""
+
+    certificate: Path | None = None
+    """File in which an organisation vouches for this node (``swarm operator certify``)."""
+
+    settle_interval_s: float = 3600.0
+    """Seconds between two rounds of settling."""
+
     owner_keys: tuple[str, ...] = ()
     """Peer ids of your other nodes: who signs with their keys is served first, as with ours."""
 
@@ -519,11 +531,17 @@ def _check_node(settings: NodeSettings) -> None:
     for key in settings.operator_keys:
         if not re.fullmatch("[0-9a-f]{64}", key):
             raise ConfigError(f"operator_keys: {key!r} is no public key of 64 hexadecimal digits")
-    for peer in settings.owner_keys:
+    if settings.operator_url and not (settings.operator_keys and settings.books):
+        raise ConfigError("operator_url needs books and the operator's key in operator_keys")
+    if settings.operator_url and not settings.operator_url.startswith(("http://", "https://")):
+        raise ConfigError(f"operator_url: {settings.operator_url!r} begins neither with https://")
+    if not 0 < settings.settle_interval_s <= 24 * 3600:
+        raise ConfigError("settle_interval_s must be above 0 and at most a day")
+    for peer in (*settings.owner_keys, *filter(None, [settings.payout])):
         try:
             public_key_from_peer_id(peer)
         except ProtocolError:
-            raise ConfigError(f"owner_keys: {peer!r} is no peer id, as in 12D3KooW...") from None
+            raise ConfigError(f"{peer!r} is no peer id, as in 12D3KooW...") from None
     if settings.anonymous_tokens_per_s < 0:
         raise ConfigError("anonymous_tokens_per_s must not be negative")
     if not 0 <= settings.drain_timeout_s <= 3600:

@@ -7,8 +7,10 @@ ids are pseudonyms.
 
 from __future__ import annotations
 
+import itertools
+import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +44,7 @@ CREATE TABLE IF NOT EXISTS channel (
     unix_s INTEGER NOT NULL,
     closed INTEGER NOT NULL DEFAULT 0,
     settled_units INTEGER NOT NULL DEFAULT 0,
+    refused_code INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (serial, session)
 ) STRICT;
 CREATE INDEX IF NOT EXISTS channel_by_time ON channel (unix_s);
@@ -174,6 +177,19 @@ class LedgerStore:
 
         await self._commits.write(write)
 
+    async def refused(self, entries: list[tuple[str, str, int]]) -> None:
+        """The operator will never pay these channels (serial, session, error code)."""
+
+        def write(database: sqlite3.Connection) -> None:
+            for serial, session, code in entries:
+                database.execute(
+                    "UPDATE channel SET refused_code = ? WHERE serial = ? AND session = ?",
+                    (code, serial, session),
+                )
+            feed.append(database, "refused", {"channels": len(entries)})
+
+        await self._commits.write(write)
+
     async def close(self) -> None:
         await self._commits.close()
 
@@ -194,12 +210,27 @@ class LedgerReader:
 
     def channels(self, *, unsettled: bool = False) -> Iterator[ChannelEntry]:
         """Oldest first."""
+        return self._entries(unsettled, None)
+
+    def presentable(self, issuers: Collection[bytes], limit: int) -> Iterator[ChannelEntry]:
+        """What these operators have neither paid nor refused for good, oldest first."""
+        keys = json.dumps([issuer.hex().upper() for issuer in issuers])
+        return itertools.islice(self._entries(True, keys), limit)
+
+    def feed_head(self) -> tuple[int, bytes]:
+        """Length and head of the feed."""
+        return feed.head_of(self._database)
+
+    def _entries(self, unsettled: bool, issuers: str | None) -> Iterator[ChannelEntry]:
+        """``issuers``: only of these keys, a JSON list as SQLite's hex() writes them."""
         rows = self._database.execute(
             "SELECT channel.serial, session, sequence, units, channel.payload, channel.signature,"
             " receipt, receipt_signature, unix_s, closed, settled_units, allowance.payload"
-            " FROM channel JOIN allowance USING (serial) WHERE units > settled_units OR NOT ?"
+            " FROM channel JOIN allowance USING (serial)"
+            " WHERE (units > settled_units OR NOT ?1) AND (?2 IS NULL OR (refused_code = 0"
+            " AND hex(issuer) IN (SELECT value FROM json_each(?2))))"
             " ORDER BY unix_s, serial, session",
-            (int(unsettled),),
+            (int(unsettled), issuers),
         )
         for row in rows:
             allowance = strict_json.parse(Allowance, row[11])

@@ -114,6 +114,9 @@ class OperatorClient:
         """Send a signed order; returns the index of its event in the log."""
         return int((await self._json("POST", "/v1/orders", [order]))["index"])
 
+    async def revoke(self, revocation: Envelope) -> int:
+        return int((await self._json("POST", "/v1/revocations", [revocation]))["index"])
+
     async def verdict(self, verdict: Envelope) -> str:
         return str((await self._json("POST", "/v1/verdicts", [verdict]))["state"])
 

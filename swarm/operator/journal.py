@@ -11,6 +11,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Journal:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.db = connection
-        connection.executescript(files(__package__).joinpath("schema.sql").read_text())
+        connection.executescript(_schema())
         self.tree = MerkleTree(
             digest for (digest,) in connection.execute("SELECT hash FROM event ORDER BY idx")
         )
@@ -130,3 +131,8 @@ class Journal:
 
     def set_meta(self, name: str, value: bytes) -> None:
         self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+
+@cache
+def _schema() -> str:
+    return files(__package__).joinpath("schema.sql").read_text()

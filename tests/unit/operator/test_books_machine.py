@@ -26,6 +26,7 @@ QUIET = settings(
 HUNT = settings(QUIET, phases=[Phase.generate], derandomize=True, max_examples=1000)
 
 
+@pytest.mark.timeout(900)  # half a minute of one core; more where it is shared
 def test_no_history_breaks_the_books() -> None:
     run_state_machine_as_test(OperatorMachine, settings=QUIET)
 
@@ -67,6 +68,7 @@ FAULTS: dict[str, tuple[ModuleType, str, str]] = {
 }
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, right, wrong = FAULTS[fault]

@@ -1,0 +1,90 @@
+"""Allowances of an operator for the client's sessions; self-issued ones when it gives none.
+
+Asking is never allowed to hold up an answer: an operator that is away, slow or refuses means that
+the session runs on a self-issued allowance, like in a swarm without an operator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from swarm.client.vouchers import Grant
+from swarm.ledger.channel import Signed
+from swarm.ledger.operator_client import OperatorClient
+from swarm.ports import Clock
+from swarm.protocol.errors import NetworkError, ProtocolError, RemoteError
+from swarm.protocol.identity import Identity
+from swarm.protocol.ledger_objects import ANONYMOUS, FUNDED, MEMBER, SERIAL_BYTES, sign
+from swarm.protocol.operator_objects import AllowanceRequest
+
+log = logging.getLogger(__name__)
+
+ASK_TIMEOUT_S = 3.0
+PAUSE_S = 60.0
+"""After a refusal or silence the operator is not asked for so long."""
+LIFETIME_S = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class GrantTerms:
+    """With which operator, and in whose name."""
+
+    url: str
+    operator_key: bytes
+    """Pinned; allowances by another key are refused."""
+    units: int
+    """What one session may cost at most; what it does not use comes back."""
+    account: Identity | None = None
+    """None is an anonymous user."""
+    budget: str = ""
+    """A budget that the account may draw on; empty spends the account's own credit."""
+
+
+class OperatorGrants:
+    """Asks one operator for one allowance per session."""
+
+    def __init__(self, terms: GrantTerms, operator: OperatorClient, clock: Clock) -> None:
+        self._terms = terms
+        self._operator = operator
+        self._clock = clock
+        self._asks_again_s = -float("inf")
+
+    async def take(self) -> Grant | None:
+        """A fresh grant with a key of its own, or None when the operator gives none now."""
+        if self._clock.monotonic_s() < self._asks_again_s:
+            return None
+        key = Ed25519PrivateKey.generate()
+        account = self._terms.account
+        request = sign(self._request(key), account.private_key if account else key)
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                allowance, sealed = await self._operator.allowance(
+                    request, self._terms.operator_key
+                )
+            if allowance.voucher_key != key.public_key().public_bytes_raw().hex():
+                log.warning("the operator's allowance is for another key")
+                return None
+        except (NetworkError, RemoteError, ProtocolError, TimeoutError) as error:
+            log.warning("no allowance, going on without: %s", error or "no answer in time")
+            self._asks_again_s = self._clock.monotonic_s() + PAUSE_S
+            return None
+        return Grant(allowance, Signed.of(sealed), key)
+
+    def _request(self, key: Ed25519PrivateKey) -> AllowanceRequest:
+        terms = self._terms
+        known = MEMBER if terms.budget else FUNDED
+        return AllowanceRequest(
+            request=secrets.token_hex(SERIAL_BYTES),
+            account=terms.account.peer_id if terms.account else "",
+            voucher_key=key.public_key().public_bytes_raw().hex(),
+            allowance_class=known if terms.account else ANONYMOUS,
+            budget=terms.budget,
+            maximum_units=terms.units,
+            lifetime_s=LIFETIME_S,
+            unix_s=int(self._clock.unix_s()),
+        )

@@ -1,0 +1,130 @@
+"""A real swarm with an operator: an answer is paid for, proven and verified; without it, served."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from scripts.local_swarm import LocalSwarm, SwarmPlan, equal_spans
+from scripts.process_keeper import KeptProcess
+
+SWARM = Path(sys.executable).with_name("swarm")
+DEADLINE_S = 90.0
+
+
+def swarm(*arguments: str | Path, environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        [str(SWARM), *map(str, arguments)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def operator(books: Path) -> Iterator[None]:
+    """Open, until the end of the block."""
+    process = KeptProcess(
+        [str(SWARM), "operator", "run", str(books)], stdout=subprocess.PIPE, stderr=None
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b"listening on http://")
+        yield
+    finally:
+        process.stop()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def read(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310 - ours, on loopback
+        return json.load(response)
+
+
+def until_paid(url: str, units: int) -> Any:
+    """Totals once more than ``units`` were paid."""
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        totals = read(f"{url}/v1/totals")
+        if totals["served"]["paid"] > units:
+            return totals
+    raise AssertionError("nothing was settled")
+
+
+def test_answers_are_paid_for_when_there_is_an_operator(smollm2_path: Path, tmp_path: Path) -> None:
+    publics = [swarm("operator", "key", tmp_path / f"{n}.key").split()[0] for n in "abc"]
+    books = tmp_path / "books"
+    address = f"127.0.0.1:{free_port()}"
+    url = f"http://{address}"
+    said = swarm(
+        "operator", "init", books, "--origin", "e2e.example/ledger", "--listen", address,
+        *(part for public in publics for part in ("--mint-key", public)),
+    )  # fmt: skip
+    operator_key = said.split()[-1]
+    settings = books / "operator.toml"
+    settings.write_text(
+        "checkpoint_interval_s = 0.2\n"
+        + settings.read_text()
+        + "[policy]\nminimum_node_age_s = 0\nnodes_per_allowance = 2\n"
+    )
+    plan = SwarmPlan(
+        smollm2_path,
+        equal_spans(30, 2),
+        environment={
+            "SWARM_NODE_OPERATOR_URL": url,
+            "SWARM_NODE_OPERATOR_KEYS": operator_key,
+            "SWARM_NODE_SETTLE_INTERVAL_S": "0.5",
+        },
+    )
+    with LocalSwarm(plan) as nodes:
+
+        def ask() -> str:
+            return swarm(
+                "generate", smollm2_path, "The capital of Kenya is", "--peers", nodes.peers[0],
+                "--max-new-tokens", "8",
+                environment={"SWARM_OPERATOR": url, "SWARM_OPERATOR_KEY": operator_key},
+            )  # fmt: skip
+
+        away = ask()
+        with operator(books):
+            swarm(
+                "operator", "mint", "public", "100", "--operator", url, "--reason", "e2e",
+                "--key", tmp_path / "a.key", "--key", tmp_path / "b.key",
+            )  # fmt: skip
+            priced = swarm("operator", "price", books, smollm2_path, "--operator", url)
+            assert "30 blocks" in priced
+            assert ask() == away
+            totals = until_paid(url, 0)
+            paid = totals["served"]["paid"]
+            assert totals["nodes"] == 2
+            assert {leader["node"] for leader in totals["leaders"]} == {
+                node.peer_id for node in nodes.nodes
+            }
+        assert ask() == away
+        with operator(books):
+            assert ask() == away
+            until_paid(url, paid)
+            log_key = read(f"{url}/v1/terms")["log_key"]
+            verified = swarm("operator", "verify", "--operator", url, "--log-key", log_key)
+            assert "events add up" in verified
+            assert "2 nodes were paid" in verified
