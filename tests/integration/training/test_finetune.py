@@ -304,6 +304,21 @@ async def test_node_killed_client_killed_other_borders(
     assert relative_difference(trained, expected) < 1e-3
 
 
+async def test_a_node_that_drains_costs_no_step(tiny: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, _ = tiny
+    settings = make_settings(steps=8)
+    observer = Watching()
+    async with training_swarm(folder, [*SPANS, (1, 4)]) as swarm:
+        trainer = make_trainer(swarm, folder, settings, tmp_path, observer)
+        observer.after[3] = lambda: swarm.nodes[1].service.stop_accepting(30.0)
+        assert await trainer.run()
+        leaving = swarm.nodes[1].peer.peer_id
+        assert leaving not in {hop.peer_id for hop in observer.chains[-1].plan.hops}
+    assert observer.went_back_to == []
+    assert observer.steps == list(range(1, 9))  # none twice
+    assert len(observer.chains) == 2
+
+
 async def test_federated_round_with_a_drop_out(tiny: tuple[Path, Any], tmp_path: Path) -> None:
     """Three clients train one adapter on their own data; one leaves: the mean of the other two."""
     folder, _ = tiny
