@@ -29,7 +29,7 @@ MAX_INDEX_BYTES = 512 * 1024
 MAX_ADAPTER_BYTES = 512 * 1024 * 1024
 """All tensors of one adapter."""
 MAX_MODULES = 4096
-MAX_RANK = 512
+MAX_RANK = 1024
 MAX_FEATURES = 1 << 20
 MAX_SCALING = 4096.0
 MODULE_NAME = re.compile(r"(?:self_attn|mlp)\.[a-z0-9_]{1,32}")
