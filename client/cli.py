@@ -47,7 +47,6 @@ app = typer.Typer(
     name="swarm",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Text from a language model that a swarm of volunteers runs.\n\n"

@@ -196,7 +196,7 @@ def pull(
 )
 def mirror(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Made when it is missing.")],
-    names: Annotated[list[str], typer.Argument(metavar="NAME...")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Models to copy.")],
     adapter: Kind = False,
     peers: Peers = None,
     config: Config = None,

@@ -47,7 +47,7 @@ Keys = Annotated[
 ]
 
 
-@operator_app.command()
+@operator_app.command(epilog="[bold]Example[/bold]\n\nswarm operator key mint-1.key")
 def key(
     file: Annotated[Path, typer.Argument(help="Where to make the key; must not exist.")],
 ) -> None:
@@ -77,7 +77,9 @@ def init(
         list[str],
         typer.Option("--mint-key", metavar="HEX", help="Public half of a mint key; three of them."),
     ],
-    listen: Annotated[str, typer.Option("--listen", metavar="HOST:PORT")] = "127.0.0.1:8440",
+    listen: Annotated[
+        str, typer.Option("--listen", metavar="HOST:PORT", help="Where to answer.")
+    ] = "127.0.0.1:8440",
 ) -> None:
     """Make a folder with keys and settings. The mint keys stay with three other people."""
     with outcome():
@@ -90,7 +92,7 @@ def init(
         note(f"publish both; then: swarm operator run {folder}")
 
 
-@operator_app.command()
+@operator_app.command(epilog="[bold]Example[/bold]\n\nswarm operator run ./books")
 def run(folder: Folder) -> None:
     """Open the door: issue, settle, publish the log, until Ctrl-C."""
     with outcome():
@@ -110,7 +112,11 @@ def run(folder: Folder) -> None:
         asyncio.run(serve())
 
 
-@operator_app.command()
+@operator_app.command(
+    epilog="[bold]Example[/bold]\n\n"
+    "swarm operator mint public 1000 --key mint-1.key --key mint-2.key "
+    "--operator https://operator.example --reason 'budget of 2027'"
+)
 def mint(
     budget: Annotated[str, typer.Argument(help="Name of the budget, such as public.")],
     credits_: Annotated[int, typer.Argument(metavar="CREDITS", help="1 credit is 1 PFLOP-eq.")],
@@ -129,10 +135,14 @@ def mint(
         _send_order(operator, _signed(order, key))
 
 
-@operator_app.command()
+@operator_app.command(
+    epilog="[bold]Example[/bold]\n\n"
+    "swarm operator draft-mint public 1000 order.json --key mint-1.key "
+    "--origin operator.example/ledger --reason 'budget of 2027'"
+)
 def draft_mint(
     budget: Annotated[str, typer.Argument(help="Name of the budget, such as public.")],
-    credits_: Annotated[int, typer.Argument(metavar="CREDITS")],
+    credits_: Annotated[int, typer.Argument(metavar="CREDITS", help="1 credit is 1 PFLOP-eq.")],
     file: Annotated[Path, typer.Argument(help="Where to write the order.")],
     key: Keys,
     origin: Annotated[str, typer.Option("--origin", help="Name of the operator's log.")],
@@ -148,7 +158,12 @@ def draft_mint(
         file.write_text(_signed(order, key).to_json() + "\n", encoding="ascii")
 
 
-@operator_app.command()
+@operator_app.command(
+    epilog="[bold]Example[/bold]\n\n"
+    "swarm operator draft-repair EVENT user:12D3KooW… budget:public 500 "
+    "order.json --key mint-1.key --origin operator.example/ledger --reason "
+    "'paid twice'"
+)
 def draft_repair(
     event: Annotated[str, typer.Argument(help="Id of the event that went wrong.")],
     source: Annotated[str, typer.Argument(help="Account that pays, such as budget:public.")],
@@ -169,7 +184,9 @@ def draft_repair(
         file.write_text(_signed(order, key).to_json() + "\n", encoding="ascii")
 
 
-@operator_app.command()
+@operator_app.command(
+    epilog="[bold]Example[/bold]\n\nswarm operator sign order.json --key mint-2.key"
+)
 def sign(
     file: Annotated[Path, typer.Argument(help="An order that somebody has drafted.")],
     key: Keys,
@@ -190,7 +207,10 @@ def sign(
         )
 
 
-@operator_app.command()
+@operator_app.command(
+    epilog="[bold]Example[/bold]\n\n"
+    "swarm operator send order.json --operator https://operator.example"
+)
 def send(
     file: Annotated[Path, typer.Argument(help="A signed order.")],
     operator: Url,
@@ -202,7 +222,11 @@ def send(
         _send_order(operator, parse_envelope(file.read_bytes()))
 
 
-@operator_app.command()
+@operator_app.command(
+    epilog="[bold]Example[/bold]\n\n"
+    "swarm operator price ./books ./checkpoint --operator "
+    "https://operator.example"
+)
 def price(
     folder: Folder,
     model: Annotated[
@@ -232,7 +256,11 @@ def price(
         _send_order(operator, _signed(entry, [_operator_key(folder)]))
 
 
-@operator_app.command()
+@operator_app.command(
+    epilog="[bold]Example[/bold]\n\n"
+    "swarm operator organisation ./books 'University of Nairobi' 3a9c… "
+    "--operator https://operator.example"
+)
 def organisation(
     folder: Folder,
     name: Annotated[str, typer.Argument(help="Name of the organisation.")],
@@ -250,14 +278,20 @@ def organisation(
         _send_order(operator, _signed(entry, [_operator_key(folder)]))
 
 
-@operator_app.command()
+@operator_app.command(
+    epilog="[bold]Example[/bold]\n\n"
+    "swarm operator member ./books 12D3KooW… public --daily-credits 100 "
+    "--operator https://operator.example"
+)
 def member(
     folder: Folder,
     account: Annotated[str, typer.Argument(help="Peer id of the member's key.")],
     budget: Annotated[str, typer.Argument(help="Budget that it may draw on.")],
-    daily_credits: Annotated[int, typer.Option("--daily-credits")],
+    daily_credits: Annotated[int, typer.Option("--daily-credits", help="Most per day.")],
     operator: Url,
-    organisation: Annotated[str, typer.Option("--organisation")] = "",
+    organisation: Annotated[
+        str, typer.Option("--organisation", help="Whose member the account is.")
+    ] = "",
 ) -> None:
     """Let an account draw allowances from a budget."""
     with outcome():
@@ -267,7 +301,11 @@ def member(
         _send_order(operator, _signed(entry, [_operator_key(folder)]))
 
 
-@operator_app.command()
+@operator_app.command(
+    epilog="[bold]Example[/bold]\n\n"
+    "swarm operator certify 12D3KooW… 'University of Nairobi' "
+    "node.certificate --key university.key"
+)
 def certify(
     node: Annotated[str, typer.Argument(help="Peer id of the node.")],
     organisation: Annotated[str, typer.Argument(help="Name of the organisation that vouches.")],
@@ -286,7 +324,11 @@ def certify(
         file.write_text(_signed(stated, [key]).to_json() + "\n", encoding="ascii")
 
 
-@operator_app.command()
+@operator_app.command(
+    epilog="[bold]Example[/bold]\n\n"
+    "swarm operator revoke 12D3KooW… --key university.key --operator "
+    "https://operator.example"
+)
 def revoke(
     node: Annotated[str, typer.Argument(help="Peer id of the node.")],
     operator: Url,
@@ -309,7 +351,11 @@ def revoke(
         print(f"done; leaf {index} of the log")
 
 
-@operator_app.command()
+@operator_app.command(
+    epilog="[bold]Example[/bold]\n\n"
+    "swarm operator verify --operator https://operator.example --save "
+    "log.jsonl"
+)
 def verify(
     operator: Url,
     log_key: Annotated[

@@ -22,7 +22,9 @@ witness_app = typer.Typer(
 Folder = Annotated[Path, typer.Argument(help="The witness's folder.")]
 
 
-@witness_app.command()
+@witness_app.command(
+    epilog="[bold]Example[/bold]\n\nswarm witness init ./witness --name university.example/w1"
+)
 def init(
     folder: Folder,
     name: Annotated[
@@ -31,7 +33,9 @@ def init(
     log: Annotated[
         list[str], typer.Option("--log", metavar="KEY", help="Key of a log to watch; repeatable.")
     ],
-    listen: Annotated[str, typer.Option("--listen", metavar="HOST:PORT")] = "127.0.0.1:8441",
+    listen: Annotated[
+        str, typer.Option("--listen", metavar="HOST:PORT", help="Where to answer.")
+    ] = "127.0.0.1:8441",
 ) -> None:
     """Make a key and settings, and print the public key that the operator needs."""
     with outcome():
@@ -41,7 +45,7 @@ def init(
         note(f"give this key and your address to the operator; then: swarm witness run {folder}")
 
 
-@witness_app.command()
+@witness_app.command(epilog="[bold]Example[/bold]\n\nswarm witness run ./witness")
 def run(folder: Folder) -> None:
     """Cosign until Ctrl-C."""
     with outcome():

@@ -59,14 +59,15 @@ app = typer.Typer(
     name="swarm-node",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Give a part of your computer to a swarm that runs language models.\n\n"
     "A model is cut into blocks; each node hosts some of them, and text is made by a chain of "
     "nodes. [bold]doctor[/bold] tells whether this computer is ready, [bold]join[/bold] hosts "
     "blocks until Ctrl-C or [bold]drain[/bold], [bold]seed[/bold] runs the meeting point of a new "
-    "swarm.",
+    "swarm.\n\n"
+    "Exit codes: 0 left cleanly, 1 doctor found a failure, 2 wrong usage or settings, 3 the blocks "
+    "cannot be served, 4 network trouble, 130 left at once by a second Ctrl-C.",
 )
 app.add_typer(ledger_app, name="ledger")
 
@@ -335,11 +336,13 @@ def seed(
 
 @app.command(
     epilog="[bold]Examples[/bold]\n\nswarm-node drain\n\nswarm-node drain --config node.toml --wait"
+    "\n\nswarm-node drain --wait --json"
 )
 def drain(
     identity: Identity = None,
     config: Config = None,
     wait: Annotated[bool, typer.Option("--wait", help="Return when the node has ended.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Let the node on this computer hand its sessions over, leave the swarm and end.
 
@@ -349,18 +352,21 @@ def drain(
     from swarm.node.control import POLL_PERIOD_S
     from swarm.node.view import describe_absence
 
-    with _Outcome(_view(False, True)), _running(identity, config) as node:
+    with _Outcome(_view(as_json, True)), _running(identity, config) as node:
         now = node.ask("drain")
         said = -1
         while now is not None:
             if now.sessions != said:
                 said = now.sessions
-                typer.echo("\n".join(describe_absence(now) or [f"the node is {now.state}"]))
+                if as_json:
+                    typer.echo(json.dumps({"state": now.state, "sessions": said}))
+                else:
+                    typer.echo("\n".join(describe_absence(now) or [f"the node is {now.state}"]))
             if not wait:
                 return
             time.sleep(POLL_PERIOD_S)
             now = node.ask("status")
-        typer.echo("the node has left")
+        typer.echo(json.dumps({"state": "left"}) if as_json else "the node has left")
 
 
 @app.command(

@@ -44,7 +44,7 @@ def finetune(
     target_modules: Annotated[
         str, typer.Option("--target-modules", help="Comma-separated; as PEFT if left out.")
     ] = "",
-    dropout: Annotated[float, typer.Option("--dropout")] = 0.0,
+    dropout: Annotated[float, typer.Option("--dropout", help="Of the adapter's inputs.")] = 0.0,
     virtual_tokens: Annotated[
         int, typer.Option("--virtual-tokens", help="Of --method prompt.")
     ] = 20,
@@ -53,15 +53,17 @@ def finetune(
         int | None, typer.Option("--steps", help="End after so many, whatever --epochs says.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Examples of a step.")] = 8,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 2e-4,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", "--lr", help="Highest.")
+    ] = 2e-4,
     schedule: Annotated[str, typer.Option("--schedule", help="constant, linear, cosine.")] = (
         "linear"
     ),
-    warmup_steps: Annotated[int, typer.Option("--warmup-steps")] = 0,
+    warmup_steps: Annotated[int, typer.Option("--warmup-steps", help="Up to it.")] = 0,
     optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, lion, adafactor.")] = (
         "adamw"
     ),
-    weight_decay: Annotated[float, typer.Option("--weight-decay")] = 0.0,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", help="Of AdamW.")] = 0.0,
     maximum_norm: Annotated[
         float, typer.Option("--max-norm", help="Clip gradients to this; 0 never.")
     ] = 1.0,
@@ -74,14 +76,14 @@ def finetune(
     in_flight: Annotated[
         int, typer.Option("--in-flight", help="Micro-batches on their way at the same time.")
     ] = 3,
-    dpo_beta: Annotated[float, typer.Option("--dpo-beta")] = 0.1,
+    dpo_beta: Annotated[float, typer.Option("--dpo-beta", help="How near to the base.")] = 0.1,
     held_out: Annotated[
         int, typer.Option("--held-out", help="Keep the last examples out, and measure on them.")
     ] = 0,
     raw: Annotated[
         bool, typer.Option("--raw", help="Join prompt and completion without a chat template.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Same seed, same run.")] = 0,
     snapshot_every: Annotated[
         int, typer.Option("--snapshot-every", help="Steps that a failure may cost.")
     ] = 50,

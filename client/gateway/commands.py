@@ -141,8 +141,12 @@ def add(
     account: Annotated[
         str, typer.Option("--account", help="Ledger account that pays; empty: the gateway's own.")
     ] = "",
-    requests_per_minute: Annotated[int | None, typer.Option("--requests-per-minute")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option("--tokens-per-minute")] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option("--requests-per-minute", help="Instead of the gateway's limit.")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option("--tokens-per-minute", help="Of prompts and answers.")
+    ] = None,
     answers: Annotated[
         int | None, typer.Option("--answers", help="Answers in the making at a time.")
     ] = None,
