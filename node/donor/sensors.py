@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -22,10 +21,11 @@ import psutil
 from swarm.node.donor.readings import Readings
 from swarm.node.energy import rapl_counters
 
-GPU_TIMEOUT_S = 5.0
+PROGRAM_TIMEOUT_S = 5.0
 GPU_PERIOD_S = 10.0
-INPUT_DEVICES = Path("/dev/input")
 TERMINALS = Path("/dev/pts")
+DESKTOP_PERIOD_S = 10.0
+DESKTOP_PROPERTIES = ("-p", "Type", "-p", "State", "-p", "IdleHint", "-p", "IdleSinceHint")
 
 
 class Sensors(Protocol):
@@ -42,6 +42,7 @@ class SystemSensors:
         self._counters = rapl_counters()
         self._counted: tuple[float, list[float]] | None = None
         self._gpus = _NvidiaGpus()
+        self._people = _People()
 
     async def read(self) -> Readings:
         return await asyncio.to_thread(self._read)
@@ -52,7 +53,7 @@ class SystemSensors:
         heat_c = [value for value in (_processor_heat_c(), gpu.temperature_c) if value is not None]
         return Readings(
             on_battery=_on_battery(),
-            idle_s=_idle_s(time.time()),
+            idle_s=self._people.idle_s(),
             gpu_used_by_others=gpu.used_by_others,
             temperature_c=max(heat_c, default=None),
             power_w=sum(power_w) if power_w else None,
@@ -82,19 +83,53 @@ def _on_battery() -> bool | None:
     return not battery.power_plugged
 
 
-def _idle_s(now_unix_s: float) -> float | None:
-    """Since the last key press: the time at which input devices and terminals were read last."""
-    touched = []
-    for device in (*_files(INPUT_DEVICES), *_files(TERMINALS)):
-        with contextlib.suppress(OSError):
-            status = device.stat()
-            touched.append(max(status.st_atime, status.st_mtime))
-    return max(0.0, now_unix_s - max(touched)) if touched else None
+class _People:
+    """Whether somebody is at the computer: by its terminals, and by what desktops tell logind."""
+
+    def __init__(self) -> None:
+        self._program = shutil.which("loginctl")
+        self._asked_s = -DESKTOP_PERIOD_S
+        self._desktop_used_unix_s: float | None = None
+
+    def idle_s(self) -> float | None:
+        """Since they did something; None when nothing tells."""
+        now_unix_s = time.time()
+        now_s = time.monotonic()
+        if self._program is not None and now_s - self._asked_s >= DESKTOP_PERIOD_S:
+            self._asked_s = now_s
+            self._desktop_used_unix_s = self._desktop_used(now_unix_s)
+        used = [*_terminals_used(), *filter(None, [self._desktop_used_unix_s])]
+        return max(0.0, now_unix_s - max(used)) if used else None
+
+    def _desktop_used(self, now_unix_s: float) -> float | None:
+        """When a graphical session was used last: now, unless it says that it is idle."""
+        used = []
+        for session in self._ask("list-sessions", "--no-legend"):
+            words = session.split()
+            if not words:
+                continue
+            answer = self._ask("show-session", words[0], *DESKTOP_PROPERTIES)
+            said = dict(line.partition("=")[::2] for line in answer)
+            if said.get("Type") not in ("x11", "wayland", "mir") or said.get("State") == "closing":
+                continue
+            since = said.get("IdleSinceHint", "")
+            idle = said.get("IdleHint") == "yes" and since.isdigit()
+            used.append(int(since) / 1e6 if idle else now_unix_s)
+        return max(used, default=None)
+
+    def _ask(self, *arguments: str) -> list[str]:
+        return _output([str(self._program), *arguments])
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _terminals_used() -> list[float]:
+    """When each terminal was typed into or written to last, in Unix seconds."""
+    used = []
     with contextlib.suppress(OSError):
-        yield from (path for path in folder.iterdir() if path.name not in ("ptmx", "by-id"))
+        for terminal in TERMINALS.iterdir():
+            if terminal.name != "ptmx":
+                status = terminal.stat()
+                used.append(max(status.st_atime, status.st_mtime))
+    return used
 
 
 def _processor_heat_c() -> float | None:
@@ -158,14 +193,19 @@ class _NvidiaGpus:
         return self._last
 
     def _ask(self, query: str) -> list[list[float | None]]:
-        command = [str(self._program), query, "--format=csv,noheader,nounits"]
-        try:
-            answer = subprocess.run(
-                command, capture_output=True, text=True, timeout=GPU_TIMEOUT_S, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            return []
-        return [[_number(cell) for cell in line.split(",")] for line in answer.stdout.splitlines()]
+        lines = _output([str(self._program), query, "--format=csv,noheader,nounits"])
+        return [[_number(cell) for cell in line.split(",")] for line in lines]
+
+
+def _output(command: list[str]) -> list[str]:
+    """The lines that a program of the system prints; none when it fails."""
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=PROGRAM_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return []
+    return answer.stdout.splitlines()
 
 
 def _number(text: str) -> float | None:

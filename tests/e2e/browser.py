@@ -85,7 +85,7 @@ async def visit(url: str, **options: Any) -> AsyncIterator[Visit]:
                 except Exception:  # streams that go on, and answers without a body
                     return
 
-            here.page.on("request", here.requests.append)
+            here.page.on("request", lambda request: here.requests.append(request))
             here.page.on("response", received)
             here.page.on("pageerror", lambda error: here.complaints.append(str(error)))
             here.page.on(
