@@ -17,7 +17,7 @@ from swarm.threads import configure_threads_environment
 app = typer.Typer(no_args_is_help=True, help="Limits of audits, and what audits have found.")
 
 
-@app.command()
+@app.command(epilog="[bold]Example[/bold]\n\nswarm audit calibrate ./checkpoint --text story.txt")
 def calibrate(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or a model's name.")],
     text: Annotated[
@@ -61,7 +61,7 @@ def calibrate(
         raise typer.Exit(2) from None
 
 
-@app.command()
+@app.command(epilog="[bold]Example[/bold]\n\nswarm audit show")
 def show(
     ledger: Annotated[
         Path | None, typer.Option("--ledger", metavar="FILE", help="Books of your client.")

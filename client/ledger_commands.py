@@ -42,7 +42,7 @@ Account = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-@app.command()
+@app.command(epilog="[bold]Example[/bold]\n\nswarm ledger balance")
 def balance(
     ledger: Ledger = None,
     node_ledger: NodeLedger = None,
@@ -72,7 +72,7 @@ def balance(
             print(f"account  {content['account']:,} units at {operator}")
 
 
-@app.command()
+@app.command(epilog="[bold]Example[/bold]\n\nswarm ledger history --limit 50")
 def history(
     ledger: Ledger = None,
     operator: Operator = None,
@@ -111,7 +111,7 @@ def history(
             print("nothing yet")
 
 
-@app.command()
+@app.command(epilog="[bold]Example[/bold]\n\nswarm ledger prove work.proof")
 def prove(
     output: Annotated[Path, typer.Argument(help="The file to write.")],
     node_ledger: NodeLedger = None,
@@ -142,7 +142,7 @@ def prove(
         print(f"wrote {output}; check it with scripts/verify_proof.py", file=sys.stderr)
 
 
-@app.command()
+@app.command(epilog="[bold]Example[/bold]\n\nswarm ledger verify")
 def verify(ledger: Ledger = None, node_ledger: NodeLedger = None) -> None:
     """Check signatures and chains of your own books. Exit code 1 if something does not hold."""
     from swarm.ledger.feed import BrokenFeed

@@ -29,7 +29,7 @@ Config = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-@app.command()
+@app.command(epilog="[bold]Example[/bold]\n\nswarm-node ledger show --json")
 def show(identity: Identity = None, config: Config = None, as_json: AsJson = False) -> None:
     """What this node did, for how many, and what of it is settled."""
     from swarm.protocol.prices import UNITS_PER_CREDIT
@@ -59,7 +59,7 @@ def show(identity: Identity = None, config: Config = None, as_json: AsJson = Fal
         print(f"  {when}  session {entry.session[:8]}  {entry.units:>12,} units  {state}")
 
 
-@app.command()
+@app.command(epilog="[bold]Example[/bold]\n\nswarm-node ledger verify")
 def verify(identity: Identity = None, config: Config = None) -> None:
     """Check every signature and the chain of events. Exit code 1 if something does not hold."""
     from swarm.ledger.feed import BrokenFeed
@@ -74,7 +74,7 @@ def verify(identity: Identity = None, config: Config = None) -> None:
     print(f"{length} events, all signatures hold; head {head.hex()}")
 
 
-@app.command()
+@app.command(epilog="[bold]Example[/bold]\n\nswarm-node ledger export > books.jsonl")
 def export(identity: Identity = None, config: Config = None) -> None:
     """Print all events, then all vouchers with their receipts, as JSON lines."""
     from swarm.ledger.proof_file import voucher_items
