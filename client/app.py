@@ -305,6 +305,10 @@ class SwarmClient:
             request = replace(request, policy=self._policy)
         if request.policy is not None:
             self._check_policy(request.policy)
+            if request.adapter is not None and not request.policy.allows_adapter(
+                request.adapter_id.hex()
+            ):
+                raise NoRouteError("the policy does not allow this adapter")
         needs = Needs(
             request.model_revision,
             number_of_blocks,

@@ -28,6 +28,7 @@ from swarm.client.joining import (
     outcome,
     settings_from,
 )
+from swarm.client.kit_commands import kit
 from swarm.client.ledger_commands import app as ledger_app
 from swarm.client.model_commands import models
 from swarm.client.operator_commands import operator_app
@@ -65,6 +66,7 @@ app.add_typer(authority, name="authority")
 app.add_typer(adapters, name="adapters")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(audit_app, name="audit")
+app.add_typer(kit, name="kit")
 
 # --- flags that several commands share -----------------------------------------------------------
 Model = Annotated[

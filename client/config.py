@@ -212,6 +212,10 @@ def load_settings(
         merged["peers"] = split_addresses(environment[PEERS_VARIABLE])
     if environment.get(PEERS_FILE_VARIABLE):
         merged["peers_file"] = environment[PEERS_FILE_VARIABLE]
+    if environment.get("SWARM_MIRRORS"):
+        merged["mirrors"] = environment["SWARM_MIRRORS"].split(",")
+    if environment.get("SWARM_HUB"):
+        merged["hub"] = environment["SWARM_HUB"].lower() not in ("false", "0")
     for variable, name in FILE_VARIABLES.items():
         if environment.get(variable):
             merged[name] = environment[variable]

@@ -91,28 +91,28 @@ def list_manifests(
     peers: Peers = None, config: Config = None, mirror: Mirrors = None, as_json: AsJson = False
 ) -> None:
     """List models and adapters whose weights can be fetched: in the swarm, mirrors, this disk."""
-    with outcome(as_json), _library(peers, config, mirror) as (background, library):
+    with outcome(as_json), library(peers, config, mirror) as (background, opened):
 
         async def read() -> list[dict[str, Any]]:
             rows: dict[bytes, dict[str, Any]] = {}
-            for item in await library.catalogue.all():
+            for item in await opened.catalogue.all():
                 rows[item.digest] = {
                     "name": item.name,
                     "kind": item.kind,
                     "revision": item.revision.hex(),
                     "digest": item.digest.hex(),
                     "publishers": sorted(item.publishers),
-                    "holders": len(await library.catalogue.sources(item.digest)),
+                    "holders": len(await opened.catalogue.sources(item.digest)),
                     "places": ["swarm"],
                 }
-            for mirror_ in library.mirrors:
+            for mirror_ in opened.mirrors:
                 for entry in await mirror_.entries():
                     described = await mirror_.manifest(entry.digest)
                     if described is not None:
                         signers = [item.publisher for item in described[1]]
                         row = rows.setdefault(entry.digest, _row(described[0], signers))
                         row["places"].append(mirror_.name)
-            for stored in library.store.revisions():
+            for stored in opened.store.revisions():
                 signers = [item.publisher for item in stored.signatures]
                 row = rows.setdefault(stored.manifest.digest, _row(stored.manifest, signers))
                 row["places"].append("disk" if stored.held.all() else "disk, in part")
@@ -137,9 +137,9 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a manifest: who signed it, its licence, its parts, and how much of it is here."""
-    with outcome(as_json), _library(peers, config, mirror) as (background, library):
-        stored = background.run(_locate(library, name, adapter))
-        holders = background.run(library.catalogue.sources(stored.manifest.digest))
+    with outcome(as_json), library(peers, config, mirror) as (background, opened):
+        stored = background.run(located(opened, name, adapter))
+        holders = background.run(opened.catalogue.sources(stored.manifest.digest))
         description = _describe(stored, len(holders))
         if as_json:
             print(json.dumps(description))
@@ -171,14 +171,14 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Fetch a model's or adapter's weights from peers and mirrors, and check every chunk."""
-    with outcome(as_json), _library(peers, config, mirror) as (background, library):
-        stored = background.run(_locate(library, name, adapter))
+    with outcome(as_json), library(peers, config, mirror) as (background, opened):
+        stored = background.run(located(opened, name, adapter))
         manifest = stored.manifest
         parts = manifest.parts
         if blocks is not None:
             parts = (*manifest.files(), *manifest.end_parts())
             parts += manifest.parts_of_blocks(*_span(blocks))
-        background.run(library.fetch(stored, parts, None if as_json else progress_line()))
+        background.run(opened.fetch(stored, parts, None if as_json else progress_line()))
         folder = stored.folder
         if to is not None:
             from swarm.catalogue.export import export_revision
@@ -203,13 +203,13 @@ def mirror(
     mirror: Mirrors = None,
 ) -> None:
     """Write models or adapters into a mirror folder, for a USB stick or a web server."""
-    with outcome(False), _library(peers, config, mirror) as (background, library):
+    with outcome(False), library(peers, config, mirror) as (background, opened):
         from swarm.catalogue.mirror import write_mirror
 
         holdings = []
         for name in names:
-            stored = background.run(_locate(library, name, adapter))
-            background.run(library.fetch(stored, stored.manifest.parts, progress_line()))
+            stored = background.run(located(opened, name, adapter))
+            background.run(opened.fetch(stored, stored.manifest.parts, progress_line()))
             holdings.append(stored)
         write_mirror(folder, holdings)
         note(f"{folder} has {', '.join(item.manifest.name for item in holdings)}")
@@ -275,9 +275,10 @@ def publish(
 
 # --- parts ---------------------------------------------------------------------------------------
 @contextmanager
-def _library(
+def library(
     peers: list[str] | None, config: Path | None, mirrors: list[str] | None
 ) -> Iterator[tuple[BackgroundLoop, Library]]:
+    """Join the swarm, as somebody who looks things up and fetches."""
     from dataclasses import replace
 
     settings: ClientSettings = settings_from(peers, None, config)
@@ -287,7 +288,8 @@ def _library(
         yield background, client.library()
 
 
-async def _locate(library: Library, name: str, adapter: bool) -> StoredRevision:
+async def located(library: Library, name: str, adapter: bool) -> StoredRevision:
+    """The revision that a name means. Raises UsageError when nobody knows it."""
     stored = await library.locate(name, "adapter" if adapter else "model")
     if stored is None:
         raise UsageError(f"nobody knows {name!r}; swarm models list shows what there is")

@@ -76,6 +76,20 @@ def describe_directory(
     return Described(directory, manifest)
 
 
+def held_directory(directory: Path) -> PlainDirectory:
+    """A directory with the manifest that is known for it on this disk, or else a fresh one."""
+    described = describe_directory(directory)
+    store = Store(models_directory().parent / "store")
+    for known in store.revisions():
+        if known.manifest.revision == described.manifest.revision and known.signatures:
+            holding = Described(described.directory, known.manifest).holding(known.signatures)
+            holding.check_files()
+            return holding
+    key = models_directory().parent / "publisher.key"
+    identity = Identity.load_or_create(key)
+    return described.holding((sign_manifest(identity, described.manifest),))
+
+
 def sign_and_keep(described: Described, identity: Identity) -> StoredRevision:
     """Sign a manifest and keep both in this computer's store, where nodes and seeds find it."""
     store = Store(models_directory().parent / "store")

@@ -39,7 +39,7 @@ class Policy:
     avoid: tuple[str, ...] = ()
     """Peer ids that must not be used."""
     adapters: tuple[str, ...] = ()
-    """Names or revisions (in hexadecimal) of adapters that may be used; empty: all."""
+    """Ids (in hexadecimal) of adapters that may be used; empty: all."""
 
     def __post_init__(self) -> None:
         for name in ("countries", "organisations", "avoid", "adapters"):
@@ -88,9 +88,9 @@ class Policy:
         if reason:
             raise ProtocolError(ErrorCode.OUTSIDE_POLICY, f"{peer} is one {reason}")
 
-    def allows_adapter(self, *names: str) -> bool:
-        """Whether an adapter may be used that is known by any of these names."""
-        return not self.adapters or bool(set(names) & set(self.adapters))
+    def allows_adapter(self, adapter_id: str) -> bool:
+        """Whether the adapter with this id (in hexadecimal) may be used."""
+        return not self.adapters or adapter_id in self.adapters
 
     def both(self, other: Policy) -> Policy:
         """What satisfies this policy and the other one.

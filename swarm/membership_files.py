@@ -9,6 +9,7 @@ import asyncio
 import base64
 import binascii
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,19 @@ def write_file(kind: str, path: Path, content: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+class WallClock:
+    """A clock for commands without an event loop; nobody waits by it."""
+
+    def monotonic_s(self) -> float:
+        return time.monotonic()
+
+    def unix_s(self) -> float:
+        return time.time()
+
+    async def sleep(self, duration_s: float) -> None:
+        await asyncio.sleep(duration_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,4 +278,4 @@ def accept_text(text_or_file: str, files: MembershipFiles, identity_file: Path) 
     own = Identity.load_or_create(identity_file)
     if text.startswith(f"{INVITATION}:"):
         return asyncio.run(files.redeem(text, identity_file))
-    return files.accept(text, own.peer_id, LoopClock())
+    return files.accept(text, own.peer_id, WallClock())

@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--model", default="", help="a Llama-like checkpoint; SmolLM2 by default")
     parser.add_argument("--layers", default="1,2,4,6,10,15,20,24,26,28,29")
     parser.add_argument("--train-windows", type=int, default=150)
-    parser.add_argument("--test-windows", type=int, default=16)
+    parser.add_argument("--test-windows", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

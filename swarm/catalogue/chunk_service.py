@@ -55,7 +55,7 @@ InThread = Callable[..., Awaitable[Any]]
 class ChunkLimits:
     """What one peer grants to those who fetch from it."""
 
-    uploads: int = 32
+    uploads: int = 64
     """Streams that fetch at a time."""
     uploads_per_peer: int = 4
     hello_timeout_s: float = 5.0

@@ -54,6 +54,8 @@ log = logging.getLogger(__name__)
 
 SPEED_WINDOW_S = 10.0
 PROGRESS_PERIOD_S = 1.0
+IDLE_S = 30.0
+"""A peer of which nothing is wanted is asked so rarely on the stream of its chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class DownloadLimits:
     """How a download behaves towards peers."""
 
     peers: int = 8
-    requests_per_peer: int = 3
+    requests_per_peer: int = 2
     stall_s: float = 12.0
     """A peer that sends nothing for so long, or for six times what a chunk takes, is left."""
     stalled_pause_s: float = 30.0
@@ -125,7 +127,8 @@ class _Peer:
     expected: deque[int | None] = field(default_factory=deque)
     """What we wait for, in the order in which it was asked: chunks, or None for ChunksHeld."""
     heard_s: float = 0.0
-    asked_s: float = 0.0
+    is_followed: bool = False
+    """Whether we hear on another stream what it holds."""
 
 
 @dataclass(slots=True)
@@ -262,7 +265,7 @@ class Download:
                 ):
                     continue
                 nothing: ChunkMask = np.zeros(self._manifest.number_of_chunks, dtype=np.bool_)
-                peer = _Peer(source, nothing, nothing.copy(), heard_s=now_s, asked_s=now_s)
+                peer = _Peer(source, nothing, nothing.copy(), heard_s=now_s)
                 self._peers[source.peer_id] = peer
                 group.create_task(self._fetch_from(peer, past))
             give_up_s = self._limits.give_up_s
@@ -328,41 +331,69 @@ class Download:
                 await connection.say_hello(AskChunks(manifest_digest=digest))
             peer.expected.append(None)
             peer.heard_s = self._clock.monotonic_s()
-            while True:
-                while sum(item is not None for item in peer.expected) < (
-                    self._limits.requests_per_peer
-                ):
-                    chunk = self._next_chunk(peer)
-                    if chunk is None:
-                        break
-                    now_s = self._clock.monotonic_s()
-                    self._asked.setdefault(chunk, {})[peer.source.peer_id] = now_s
-                    self._stored.coming[chunk] = True
-                    if not peer.expected:
-                        peer.heard_s = now_s
-                    peer.expected.append(chunk)
-                    await self._rate.take(self._manifest.locate(chunk)[2])
-                    await connection.send(GetChunk(chunk=chunk))
-                if None not in peer.expected and (
-                    self._clock.monotonic_s() - peer.asked_s >= self._ask_again_s()
-                ):
+            following = asyncio.ensure_future(self._follow(peer))
+            try:
+                await self._request_chunks(connection, peer)
+            finally:
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+
+    async def _follow(self, peer: _Peer) -> None:
+        """Hear what the peer holds on a stream of its own: behind chunks it would be old news."""
+        stream = await self._transport.open(
+            peer.source.peer_id, WEIGHTS_PROTOCOL, peer.source.addresses
+        )
+        question = AskChunks(manifest_digest=self._manifest.digest)
+        try:
+            async with Connection(stream) as connection:
+                connection.maximum_payload_bytes = MAX_PAYLOAD_BYTES
+                await connection.say_hello(question)
+                while True:
+                    held = await connection.receive_only(ChunksHeld)
+                    self._heard_of_chunks(peer, held.bitmaps)
+                    peer.is_followed = True
+                    self._wake()
+                    await self._clock.sleep(self._ask_again_s())
+                    await connection.send(question)
+        finally:
+            peer.is_followed = False
+
+    async def _request_chunks(self, connection: Connection, peer: _Peer) -> None:
+        """Keep requests on their way until the stream breaks."""
+        while True:
+            while sum(item is not None for item in peer.expected) < (
+                self._limits.requests_per_peer
+            ):
+                chunk = self._next_chunk(peer)
+                if chunk is None:
+                    break
+                now_s = self._clock.monotonic_s()
+                self._asked.setdefault(chunk, {})[peer.source.peer_id] = now_s
+                self._stored.coming[chunk] = True
+                if not peer.expected:
+                    peer.heard_s = now_s
+                peer.expected.append(chunk)
+                await self._rate.take(self._manifest.locate(chunk)[2])
+                await connection.send(GetChunk(chunk=chunk))
+            if peer.expected:
+                await self._receive(connection, peer)
+            else:
+                idle_s = IDLE_S if peer.is_followed else self._ask_again_s()
+                if not await self._changed_within(idle_s):
                     peer.expected.append(None)
-                    peer.asked_s = self._clock.monotonic_s()
-                    await connection.send(AskChunks(manifest_digest=digest))
-                if peer.expected:
-                    await self._receive(connection, peer)
-                else:
-                    await self._until_changed(self._ask_again_s())
+                    peer.heard_s = self._clock.monotonic_s()
+                    await connection.send(AskChunks(manifest_digest=self._manifest.digest))
 
     def _ask_again_s(self) -> float:
         """Bitmaps of large models are rarer, so that they cost less than 1 % of a slow link."""
         return self._limits.ask_again_s + self._manifest.number_of_chunks / 4 / (32 * 1024)
 
-    async def _until_changed(self, longest_s: float) -> None:
+    async def _changed_within(self, longest_s: float) -> bool:
         changed = self._changed
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(longest_s):
                 await changed.wait()
+        return changed.is_set()
 
     async def _receive(self, connection: Connection, peer: _Peer) -> None:
         stall_s = max(self._limits.stall_s, 6 * self._chunk_s)

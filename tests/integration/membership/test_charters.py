@@ -11,9 +11,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
+from typer import Typer
+from typer.testing import CliRunner, Result
+
+from swarm.client.cli import app as user_app
+from swarm.node.cli import app as node_app
 
 LOOPBACK = ("--listen", "/ip4/127.0.0.1/tcp/0")
 ANNOUNCE_PERIOD_S = 3.0
@@ -38,16 +42,9 @@ class Computers:
             "OMP_NUM_THREADS": "1",
         }
 
-    def run(self, name: str, *command: str) -> subprocess.CompletedProcess[str]:
-        """``swarm ...`` or ``swarm-node ...``, to its end."""
-        return subprocess.run(
-            [sys.executable, "-m", *command],
-            env=self.environment(name),
-            cwd=self.folder / name,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-        )
+    def run(self, name: str, app: Typer, *command: str) -> Result:
+        """A command that ends soon, in this process: only peers are processes of their own."""
+        return CliRunner().invoke(app, command, env=self.environment(name))
 
     def start(self, name: str, *command: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
@@ -84,10 +81,14 @@ class Computers:
         raise AssertionError(f"{name} said nothing")
 
     def peer_id(self, name: str) -> str:
-        return self.run(name, "swarm.node.cli", "identity").stdout.strip()
+        return self.run(name, node_app, "identity").stdout.strip()
 
-    def accept(self, name: str, text: str) -> subprocess.CompletedProcess[str]:
-        return self.run(name, "swarm.node.cli", "accept", text)
+    def accept(self, name: str, text: str) -> Result:
+        return self.run(name, node_app, "accept", text)
+
+    def authority(self, command: str, *arguments: str) -> Result:
+        folder = str(self.folder / "authority")
+        return self.run("authority", user_app, "authority", command, "--folder", folder, *arguments)
 
 
 @pytest.fixture
@@ -103,36 +104,32 @@ def computers(tmp_path: Path) -> Iterator[Computers]:
 
 def found(computers: Computers, admission: str) -> str:
     """A swarm's charter, as text."""
-    made = computers.run(
-        "authority", "swarm.client.cli", "authority", "init", "Land", "--admission", admission
-    )
-    assert made.returncode == 0, made.stderr
-    return (computers.folder / "authority" / made.stdout.strip()).read_text().strip()
+    made = computers.authority("init", "Land", "--admission", admission)
+    assert made.exit_code == 0, made.stderr
+    return Path(made.stdout.strip()).read_text().strip()
 
 
 def passport(computers: Computers, name: str, *options: str) -> str:
-    issued = computers.run(
-        "authority", "swarm.client.cli", "authority", "issue", computers.peer_id(name), *options
-    )
-    assert issued.returncode == 0, issued.stderr
+    issued = computers.authority("issue", computers.peer_id(name), *options)
+    assert issued.exit_code == 0, issued.stderr
     return issued.stdout.strip()
 
 
 def admit(computers: Computers, name: str, charter: str, *options: str) -> None:
-    assert computers.accept(name, charter).returncode == 0
+    assert computers.accept(name, charter).exit_code == 0
     accepted = computers.accept(name, passport(computers, name, *options))
-    assert accepted.returncode == 0, accepted.stderr
+    assert accepted.exit_code == 0, accepted.stderr
 
 
-def invite(computers: Computers) -> tuple[subprocess.CompletedProcess[str], Any]:
-    """An invitation for one peer, and the desk that takes it."""
+def invite(computers: Computers) -> Result:
+    """An invitation for one peer, and a desk that takes it."""
+    folder = str(computers.folder / "authority")
     desk = computers.start(
-        "authority", "swarm.client.cli", "authority", "desk", *LOOPBACK, "--json"
+        "desk", "swarm.client.cli", "authority", "desk", "--folder", folder, *LOOPBACK, "--json"
     )
     assert desk.stdout is not None
     address = json.loads(desk.stdout.readline())["addresses"][0].rpartition("/p2p/")[0]
-    command = ("swarm.client.cli", "authority", "invite", "--count", "1", "--at", address)
-    return computers.run("authority", *command), desk
+    return computers.authority("invite", "--count", "1", "--at", address)
 
 
 def test_open(computers: Computers) -> None:
@@ -140,7 +137,7 @@ def test_open(computers: Computers) -> None:
     admit(computers, "first", charter)
     address, _ = computers.seed("first")
     assert computers.seed("stranger", "--peers", address)[0]
-    assert computers.accept("other", charter).returncode == 0
+    assert computers.accept("other", charter).exit_code == 0
     assert computers.seed("other", "--peers", address)[0]
 
 
@@ -150,14 +147,14 @@ def test_invited(computers: Computers) -> None:
     address, _ = computers.seed("first")
     _, why = computers.seed("stranger", "--peers", address)
     assert "passport" in why
-    invited, _ = invite(computers)
-    assert invited.returncode == 0, invited.stderr
+    invited = invite(computers)
+    assert invited.exit_code == 0, invited.stderr
     token = invited.stdout.strip()
     accepted = computers.accept("guest", token)
-    assert accepted.returncode == 0, accepted.stderr
+    assert accepted.exit_code == 0, accepted.stderr
     assert computers.seed("guest", "--peers", address)[0]
     late = computers.accept("late", token)
-    assert late.returncode != 0
+    assert late.exit_code != 0
     assert "used up" in late.stderr
 
 
@@ -167,22 +164,18 @@ def test_members_only(computers: Computers) -> None:
     address, _ = computers.seed("first")
     # Strangers, with and without the charter.
     assert "passport" in computers.seed("stranger", "--peers", address)[1]
-    assert computers.accept("reader", charter).returncode == 0
+    assert computers.accept("reader", charter).exit_code == 0
     assert "passport" in computers.seed("reader", "--peers", address)[1]
     # Somebody else's passport is not even kept.
     stolen = passport(computers, "member")
-    assert computers.accept("reader", stolen).returncode != 0
-    assert invite(computers)[0].returncode != 0
+    assert computers.accept("reader", stolen).exit_code != 0
+    assert computers.authority("invite", "--at", "/ip4/127.0.0.1/tcp/1").exit_code != 0
     admit(computers, "member", charter, "--organisation", "KENET", "--country", "KE")
     member, why = computers.seed("member", "--peers", address)
     assert member, why
     # Revoked: out within one announce period, and not let in again.
-    revoked = computers.run(
-        "authority",
-        *("swarm.client.cli", "authority", "revoke", computers.peer_id("member")),
-        *("--peers", address),
-    )
-    assert revoked.returncode == 0, revoked.stderr
+    revoked = computers.authority("revoke", computers.peer_id("member"), "--peers", address)
+    assert revoked.exit_code == 0, revoked.stderr
     deadline_s = time.monotonic() + PATIENCE_S
     cached = computers.folder / "first" / "data" / "revocations.bin"
     started_s = time.monotonic()

@@ -44,7 +44,10 @@ def test_one_fetches_from_one(make_lab: Callable[..., Any], manifest: Manifest) 
 def test_four_joins_cost_the_source_less_than_twice_the_model(
     make_lab: Callable[..., Any], manifest: Manifest, all_run: Callable[..., Any]
 ) -> None:
-    """Every peer sends and receives at the same rate, so one copy is the floor."""
+    """Every peer sends and receives at the same rate, so one copy is the floor.
+
+    With 18 chunks one more or less is much; larger models come closer (scripts.bench.weights).
+    """
 
     async def scenario() -> None:
         lab = make_lab(rate_bytes_per_s=RATE)
@@ -56,7 +59,7 @@ def test_four_joins_cost_the_source_less_than_twice_the_model(
         for fetcher in fetchers:
             check(fetcher, manifest)
         assert source.sent.bytes < 2 * manifest.total_bytes
-        assert took_s <= 1.6 * manifest.total_bytes / RATE
+        assert took_s <= 1.5 * manifest.total_bytes / RATE
 
     virtual_time.run(scenario())
 
