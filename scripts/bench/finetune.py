@@ -38,13 +38,15 @@ OpenChain = Callable[[Any, Any], Awaitable[Any]]
 
 RANK = 16
 SEQUENCES, TOKENS = 4, 128
+SHORT_TOKENS = 32
+"""Of a micro-batch over long links: so that links, and not this computer's cores, are the limit."""
 MIB = 1024 * 1024
 
 
-def batch(vocabulary: int, step: int) -> list[list[int]]:
+def batch(vocabulary: int, step: int, tokens: int = TOKENS) -> list[list[int]]:
     """The same for everybody."""
     dice = random.Random(step)
-    return [[dice.randrange(3, vocabulary) for _ in range(TOKENS)] for _ in range(SEQUENCES)]
+    return [[dice.randrange(3, vocabulary) for _ in range(tokens)] for _ in range(SEQUENCES)]
 
 
 # --- PEFT in a process of its own ----------------------------------------------------------------
@@ -121,7 +123,14 @@ class SwarmTraining:
 
     @classmethod
     async def begin(
-        cls, path: Path, dtype: str, open_chain: OpenChain, *, pieces: int, in_flight: int
+        cls,
+        path: Path,
+        dtype: str,
+        open_chain: OpenChain,
+        *,
+        pieces: int,
+        in_flight: int,
+        sequence_tokens: int = TOKENS,
     ) -> SwarmTraining:
         from swarm.catalogue.checkpoint import Checkpoint
         from swarm.client.finetune.ends import TrainingEnds
@@ -134,7 +143,7 @@ class SwarmTraining:
         checkpoint = Checkpoint.open(path)
         ends = TrainingEnds.load(checkpoint)
         base = base_model(checkpoint, dtype)
-        tokens = SEQUENCES * TOKENS // pieces
+        tokens = SEQUENCES * sequence_tokens // pieces
         settings = FinetuneSettings(
             rank=RANK,
             target_modules=("q_proj", "v_proj"),
@@ -148,7 +157,7 @@ class SwarmTraining:
         examples = [
             Example(tuple(row), 0)
             for step in range(16)
-            for row in batch(int(ends.config.vocab_size), step)
+            for row in batch(int(ends.config.vocab_size), step, sequence_tokens)
         ]
         objective = SupervisedFineTuning(examples, micro_batch_tokens=tokens, prefix=0)
         chain = await open_chain(chain_request(base, settings, tokens), base)
@@ -231,7 +240,12 @@ async def over_long_links(path: Path, latency_ms: float, turns: int) -> dict[str
         for _ in range(turns):
             for in_flight, taken in times.items():
                 training = await SwarmTraining.begin(
-                    path, "float32", open_chain, pieces=4, in_flight=in_flight
+                    path,
+                    "float32",
+                    open_chain,
+                    pieces=4,
+                    in_flight=in_flight,
+                    sequence_tokens=SHORT_TOKENS,
                 )
                 await training.steps(1)
                 taken.append(statistics.median(await training.steps(3)))
