@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from swarm.client.app import SwarmClient
+from swarm.client.app import Network, SwarmClient
 from swarm.client.auditing import Finding
 from swarm.client.chain import Chain
 from swarm.client.hops import SessionRequest
@@ -90,9 +90,11 @@ class EvilSwarm:
             for index in range(3 * len(SPANS)):
                 span = SPANS[index // 3]
                 behaviour = self._evil[index // 3] if index % 3 == 2 else None
-                announcing.append(await self._add(stack, identity(1 + index), span, behaviour))
-            await self.clock.sleep(5.0)
-            client_peer = self.network.join(identity(1000))
+                own = identity(1 + index)
+                peer = await self._join(stack, own)
+                announcing.append(await self._add(stack, own, peer, span, behaviour))
+            await self._announced()
+            client_peer = await self._join(stack, identity(1000))
             client = SwarmClient(client_peer, clock=self.clock, seed=self.seed, audits=True)
             try:
                 yield client
@@ -102,14 +104,24 @@ class EvilSwarm:
                     task.cancel()
                 await asyncio.gather(*announcing, return_exceptions=True)
 
+    async def _join(self, stack: AsyncExitStack, own: Identity) -> Network:
+        return self.network.join(own)
+
+    async def _announced(self) -> None:
+        """Wait until every node can be found."""
+        await self.clock.sleep(5.0)
+
+    def _addresses(self, peer: Network) -> tuple[str, ...]:
+        return ()
+
     async def _add(
         self,
         stack: AsyncExitStack,
         own: Identity,
+        peer: Network,
         span: tuple[int, int],
         behaviour: Behaviour | None,
     ) -> asyncio.Task[None]:
-        peer = self.network.join(own)
         engine: Engine = NumericEngine(*span)
         if behaviour is not None:
             engine = EvilEngine(engine, behaviour, seed=self.seed)
@@ -148,6 +160,7 @@ class EvilSwarm:
             batched_tokens_per_s=1000,
             cache_tokens_total=1 << 16,
             cache_tokens_free=1 << 16,
+            addresses=self._addresses(peer),
         )
         announcer = Announcer(own, peer, self.clock, record, hidden_size=NUMERIC_HIDDEN)
         self.nodes.append(EvilNode(own.peer_id, behaviour, service))
