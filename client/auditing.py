@@ -185,7 +185,10 @@ class Auditor:
         is_last = chain.ends_with_blocks(hop.end_block)
         if shown is None or receipt is None or (shown.outputs is None and not is_last):
             return [await self._note(hop, Found.REFUSED)]
-        bound = bound_links(shown, receipt, hop.session_id)
+        policy = chain.request.policy
+        bound = bound_links(
+            shown, receipt, hop.session_id, b"" if policy is None else policy.to_bytes()
+        )
         if bound is None:
             return [await self._note(hop, Found.FAILED)]
         links = in_force(bound)

@@ -25,12 +25,14 @@ class ShownWork:
     outputs: WireTensor | None
 
 
-def bound_links(shown: ShownWork, receipt: Receipt, session_id: bytes) -> tuple[Link, ...] | None:
+def bound_links(
+    shown: ShownWork, receipt: Receipt, session_id: bytes, policy: bytes = b""
+) -> tuple[Link, ...] | None:
     """The links up to the head that the hop has signed; None when they do not lead there.
 
     A node keeps so many links that a session of moderate length is shown from its beginning.
     """
-    if receipt.steps <= LINKS_KEPT // 2 and shown.start != first_head(session_id):
+    if receipt.steps <= LINKS_KEPT // 2 and shown.start != first_head(session_id, policy):
         return None
     head, wanted = shown.start, bytes.fromhex(receipt.transcript)
     for index, link in enumerate(shown.links):

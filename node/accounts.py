@@ -177,7 +177,7 @@ class SessionAccount:
         self._standing = standing
         self._terms = terms
         self._session = session_id.hex()
-        self.transcript = Transcript(session_id)
+        self.transcript = Transcript(session_id, request.policy)
         self.done = Work()
         self._channel: VoucherChannel | None = None
         self._is_begun = False

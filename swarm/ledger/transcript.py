@@ -1,6 +1,7 @@
 """The hash chain over what a node handled in a session; receipts carry its head.
 
-``H_0 = SHA256(session id)``; each step and each replay adds a link
+``H_0 = SHA256(session id || policy)``, the policy as the session was opened with it, so that a
+receipt also says which policy was kept; each step and each replay adds a link
 ``H = SHA256(H || step || position || tokens || SHA256(input) || SHA256(output))`` with numbers of 8
 bytes, big endian; a replay has step 0. Input and output are the tensors' bytes as they travel
 without compression. A node that keeps its links can show later what it was given and what it
@@ -52,8 +53,9 @@ class Link:
         return cls(step, position, tokens, data[-64:-32], data[-32:])
 
 
-def first_head(session_id: bytes) -> bytes:
-    return hashlib.sha256(session_id).digest()
+def first_head(session_id: bytes, policy: bytes = b"") -> bytes:
+    """Where a session's transcript begins; ``policy`` is that of its OpenSession."""
+    return hashlib.sha256(session_id + policy).digest()
 
 
 def next_head(head: bytes, link: Link) -> bytes:
@@ -71,8 +73,8 @@ def head_of(start: bytes, links: Iterable[Link]) -> bytes:
 class Transcript:
     """A node's chain of one session; keeps the latest links, bounded."""
 
-    def __init__(self, session_id: bytes) -> None:
-        self.head = first_head(session_id)
+    def __init__(self, session_id: bytes, policy: bytes = b"") -> None:
+        self.head = first_head(session_id, policy)
         self.length = 0
         self._links: deque[Link] = deque()
         self._kept_from = self.head
