@@ -86,7 +86,16 @@ class AnswerDesk:
         """Raises ApiError for what fails before the first byte is sent."""
         self._check_room(model, prompt_ids)
         patience_s = self._settings.resume_patience_s
-        question = Question(model.local, prompt_ids, settings, body.choices, adapter, patience_s)
+        options = body.stream_options
+        question = Question(
+            model.local,
+            prompt_ids,
+            settings,
+            body.choices,
+            adapter,
+            patience_s,
+            tells_plan=bool(options and options.include_chain),
+        )
         if self.stopping:
             raise ApiError(503, "this gateway is stopping", code="stopping", retry_after_s=1)
         reply = _reply(request[REQUEST_ID], model, body, question)
@@ -271,5 +280,5 @@ def _reply(
         texts=TokenTexts(model.local.tokenizer, model.local.end_token_ids),
         wants_logprobs=question.settings.top_logprobs is not None,
         wants_usage=bool(options and options.include_usage),
-        wants_chain=bool(options and options.include_chain),
+        wants_chain=question.tells_plan,
     )

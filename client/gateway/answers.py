@@ -39,6 +39,8 @@ class Question:
     adapter: AdapterSource | None
     patience_s: float
     """How long to wait for blocks that the swarm lost in mid-answer."""
+    tells_plan: bool = False
+    """Whether events say who serves the answer; a plan is made anew each time that one asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Event:
     index: int
     piece: TextPiece | None = None
     plan: ChainPlan | None = None
-    """Who serves the choice."""
+    """Who serves the choice, if the question wants to know."""
     failure: ApiError | None = None
 
     @property
@@ -108,7 +110,7 @@ async def _pieces(
                 async with aclosing(stream) as pieces:
                     async for piece in pieces:
                         lost_since_s = None
-                        yield piece, session.plan
+                        yield piece, session.plan if question.tells_plan else None
                 return
             except GenerationInterrupted:
                 now_s = time.monotonic()
