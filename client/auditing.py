@@ -38,11 +38,9 @@ from swarm.client.shown_work import (
 from swarm.client.vouchers import issue_for_ourselves
 from swarm.connection import Connection
 from swarm.ledger.audit_rule import (
-    UNCALIBRATED,
     Comparison,
     Floats,
     Limits,
-    SpanLimits,
     compare,
     loosest,
     to_array,
@@ -110,7 +108,6 @@ class Auditor:
         dice: random.Random,
         reputations: Reputations | None = None,
         ledger: ClientLedger | None = None,
-        limits: SpanLimits = UNCALIBRATED,
         reference: Reference | None = None,
     ) -> None:
         """``reference``: somebody's own weights, asked once in four audits."""
@@ -119,7 +116,6 @@ class Auditor:
         self._clock = clock
         self._dice = dice
         self._ledger = ledger
-        self._limits = limits
         self._reference = reference
         self._looked_at: WeakKeyDictionary[AuditedChain, int] = WeakKeyDictionary()
         """Sessions that were looked at as a whole, and how long they were then."""
@@ -230,7 +226,7 @@ class Auditor:
             return []
         comparison = measured.against(second.states)
         declared = hop.account.dtype_class if hop.account is not None else ""
-        limits = self._limits_between(hop, declared, second.dtype_class)
+        limits = _limits_between(chain, hop, declared, second.dtype_class)
         if comparison.passes(limits):
             return [await self._note(hop, Found.PASSED, comparison)]
         if not second.peers:  # a reference that we trust
@@ -241,7 +237,7 @@ class Auditor:
                 await self._note(hop, Found.DISPUTED, comparison, other=second.peers[0]),
             ]
         again = measured.against(third.states)
-        limits = self._limits_between(hop, declared, third.dtype_class)
+        limits = _limits_between(chain, hop, declared, third.dtype_class)
         if again.passes(limits):
             findings = [await self._note(hop, Found.PASSED, again)]
             if len(second.peers) == 1:
@@ -249,13 +245,9 @@ class Auditor:
                 findings.append(await self._note(replica, Found.FAILED, comparison))
             return findings
         between = measured.between(second.states, third.states)
-        if between.passes(self._limits_between(hop, second.dtype_class, third.dtype_class)):
+        if between.passes(_limits_between(chain, hop, second.dtype_class, third.dtype_class)):
             return [await self._note(hop, Found.FAILED, comparison)]
         return [await self._note(hop, Found.DISPUTED, comparison, other=second.peers[0])]
-
-    def _limits_between(self, hop: AuditedHop, first: str, second: str) -> Limits:
-        blocks = hop.end_block - hop.first_block
-        return loosest(self._limits.of(first, blocks), self._limits.of(second, blocks))
 
     # --- opinions
     async def _opinion(
@@ -339,6 +331,12 @@ class Auditor:
         if self._ledger is not None:
             await self._ledger.keep_reputation(hop.peer_id, reputation.to_json())
         return Finding(hop.peer_id, hop.first_block, hop.end_block, found, comparison, reputation)
+
+
+def _limits_between(chain: AuditedChain, hop: AuditedHop, first: str, second: str) -> Limits:
+    """What nodes of these declared precisions may differ by."""
+    limits, blocks = chain.request.audit_limits, hop.end_block - hop.first_block
+    return loosest(limits.of(first, blocks), limits.of(second, blocks))
 
 
 class _Measured:

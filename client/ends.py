@@ -24,6 +24,7 @@ from swarm.client.remote_blocks import ChainOpener, RemoteBlocks
 from swarm.compute.devices import choose_device, choose_dtype
 from swarm.compute.packed_linear import PackedLinear, pack_linears
 from swarm.compute.wire_tensors import WIRE_DTYPES
+from swarm.ledger.calibrated import read_limits
 from swarm.protocol.errors import CheckpointError
 from swarm.protocol.tensors import DType
 
@@ -208,4 +209,5 @@ def remote_blocks(
         hidden_size=checkpoint.hidden_size,
         wire_dtype=DType.BFLOAT16 if dtype == "auto" else own,
         node_dtype=None if dtype == "auto" else own,
+        audit_limits=read_limits(checkpoint.path),
     )

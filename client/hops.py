@@ -19,6 +19,7 @@ from swarm.client.link import HopFailed, Link
 from swarm.client.planner import Planner
 from swarm.client.vouchers import Grant, HopAccount
 from swarm.journal import Journal
+from swarm.ledger.audit_rule import UNCALIBRATED, SpanLimits
 from swarm.pieces import pieces
 from swarm.ports import Clock, Transport
 from swarm.protocol.errors import (
@@ -65,6 +66,8 @@ class SessionRequest:
     wire_dtype: DType
     left_padding: tuple[int, ...] = ()
     wire_encoding: Encoding = Encoding.RAW
+    audit_limits: SpanLimits = UNCALIBRATED
+    """What nodes are held to when their answers are audited."""
     policy: Policy | None = None
     """Which peers may see anything of it; None: all."""
     adapter: AdapterSource | None = None

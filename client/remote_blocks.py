@@ -12,6 +12,7 @@ from swarm.client.adapter_push import AdapterSource
 from swarm.client.hops import SessionRequest
 from swarm.client.prefixed_chain import PrefixedChain, PromptPrefix
 from swarm.client.remote_chain import RemoteChain
+from swarm.ledger.audit_rule import UNCALIBRATED, SpanLimits
 from swarm.protocol.errors import UsageError
 from swarm.protocol.messages import MAX_ROWS, MAX_TOKENS
 from swarm.protocol.tensors import DType
@@ -47,6 +48,7 @@ class RemoteBlocks:
     wire_dtype: DType
     node_dtype: DType | None = None
     """Only nodes that compute in this precision; None takes any."""
+    audit_limits: SpanLimits = UNCALIBRATED
     adapter: AdapterSource | None = None
     """What the blocks compute with; None: the bare model."""
 
@@ -88,6 +90,7 @@ class RemoteBlocks:
                 maximum_tokens=maximum_tokens,
                 wire_dtype=self.wire_dtype,
                 left_padding=left_padding,
+                audit_limits=self.audit_limits,
                 adapter=self.adapter,
             ),
             number_of_blocks=self.number_of_blocks,
