@@ -68,6 +68,7 @@ def until_paid(url: str, units: int) -> Any:
         totals = read(f"{url}/v1/totals")
         if totals["served"]["paid"] > units:
             return totals
+        time.sleep(0.2)
     raise AssertionError("nothing was settled")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import secrets
@@ -36,11 +37,22 @@ from tests.unit.operator.parties import MODEL, TOKEN, Client, key, peer, settlem
 
 SWARM = str(Path(sys.executable).with_name("swarm"))
 DEADLINE_S = 60.0
+REPOSITORY = Path(__file__).parents[3]
 
 
 def swarm(*arguments: str | Path, fails_with: int = 0) -> str:
     ended = subprocess.run([SWARM, *arguments], capture_output=True, text=True, timeout=DEADLINE_S)
     assert ended.returncode == fails_with, ended.stderr
+    return ended.stdout
+
+
+def verified_offline(*arguments: str | Path) -> str:
+    """What the one-file verifier says, which has nothing but the file and the keys."""
+    script = REPOSITORY / "scripts" / "verify_proof.py"
+    ended = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
 
@@ -75,6 +87,7 @@ async def until(client: OperatorClient, size: int, cosigned_by: list[VerifierKey
         enough = len(note.verified_by(cosigned_by)) == len(cosigned_by)
         if Checkpoint.parse(note.text).size >= size and enough:
             return note
+        await asyncio.sleep(0.05)
     raise AssertionError("no such checkpoint")
 
 
@@ -162,6 +175,12 @@ async def test_mint_settle_prove_and_verify(books: Path, tmp_path: Path) -> None
             )  # fmt: skip
             assert "5 events add up" in said
             assert "1 witnesses" in said
+            # what a donor hands to somebody who has nothing but the keys of log and witness
+            file = tmp_path / "proof"
+            account_name = f"escrow:{peer('node')}"
+            swarm("ledger", "prove", file, "--operator", url, "--account", account_name)
+            keys = ("--log-key", str(log), "--witness", str(witness_key), "--needed", "1")
+            assert str(90 * TOKEN * 97 // 100) in verified_offline(file, *keys)
     leaves = (tmp_path / "export.jsonl").read_bytes().splitlines()
     assert MerkleTree(map(leaf_hash, leaves)).root() == Checkpoint.parse(note.text).root
 
