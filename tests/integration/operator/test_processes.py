@@ -176,11 +176,11 @@ async def test_mint_settle_prove_and_verify(books: Path, tmp_path: Path) -> None
             assert "5 events add up" in said
             assert "1 witnesses" in said
             # what a donor hands to somebody who has nothing but the keys of log and witness
-            file = tmp_path / "proof"
+            proof_file = tmp_path / "proof"
             account_name = f"escrow:{peer('node')}"
-            swarm("ledger", "prove", file, "--operator", url, "--account", account_name)
+            swarm("ledger", "prove", proof_file, "--operator", url, "--account", account_name)
             keys = ("--log-key", str(log), "--witness", str(witness_key), "--needed", "1")
-            assert str(90 * TOKEN * 97 // 100) in verified_offline(file, *keys)
+            assert str(90 * TOKEN * 97 // 100) in verified_offline(proof_file, *keys)
     leaves = (tmp_path / "export.jsonl").read_bytes().splitlines()
     assert MerkleTree(map(leaf_hash, leaves)).root() == Checkpoint.parse(note.text).root
 
