@@ -21,7 +21,7 @@ from swarm.status.languages import LANGUAGES
 from swarm.status.plain_text import ADDRESS
 from tests.e2e.browser import PHONE, Visit, visit
 
-PERIOD_S = 12.0
+PERIOD_S = 20.0
 SPANS = (Span(0, 10), Span(10, 20), Span(20, 30))
 DECLARED = {
     "SWARM_NODE_COUNTRY": "KE",
