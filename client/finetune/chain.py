@@ -265,8 +265,12 @@ class TrainingChain:
     async def _ping_all(self) -> None:
         nonce = 0
         while not self._closing.is_set():
+            slept_s = self._clock.monotonic_s()
             await self._clock.sleep(self._timeouts.ping_interval_s)
             now_s = self._clock.monotonic_s()
+            if now_s - slept_s > self._timeouts.ping_interval_s + self._timeouts.silence_s / 2:
+                for link in self._links:  # it was this process that did not listen
+                    link.heard_s = now_s
             for link in self._links:
                 if now_s - link.heard_s > self._timeouts.silence_s:
                     self._hop_failed(link, NetworkError("does not answer"))

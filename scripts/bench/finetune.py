@@ -196,11 +196,13 @@ async def against_peft(model: BenchModel, nodes: int, turns: int, steps: int) ->
                     model.path, model.dtype, open_chain, pieces=1, in_flight=1
                 )
                 try:
-                    local.steps(1)
+                    await asyncio.to_thread(local.steps, 1)
                     await training.steps(1)
                     ratios, own_s, peft_s = [], [], []
                     for _ in range(turns):
-                        peft_s.append(statistics.median(local.steps(steps)))
+                        peft_s.append(
+                            statistics.median(await asyncio.to_thread(local.steps, steps))
+                        )
                         own_s.append(statistics.median(await training.steps(steps)))
                         ratios.append(own_s[-1] / peft_s[-1])
                     memory = [
@@ -222,7 +224,7 @@ async def against_peft(model: BenchModel, nodes: int, turns: int, steps: int) ->
             "node_mib": memory,
         }
     finally:
-        local.close()
+        await asyncio.to_thread(local.close)
 
 
 async def over_long_links(path: Path, latency_ms: float, turns: int) -> dict[str, Any]:
