@@ -46,8 +46,10 @@ class RemoteBlocks(torch.autograd.Function):
         context.number = session.next_number()
         context.session = session
         context.is_done = [False]
+        output = session.forward(context.number, hidden, lengths, needs_gradient=True)
+        # Only now: nodes know nothing of a micro-batch that could not be sent.
         weakref.finalize(context, _forget_if_unused, session, context.number, context.is_done)
-        return session.forward(context.number, hidden, lengths, needs_gradient=True)
+        return output
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
