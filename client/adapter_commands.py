@@ -327,7 +327,7 @@ def _base_model(files: AnyAdapter, base: str | None, *, needed: bool = True) -> 
     if base is not None:
         return _open_base(base)
     if files.base_model:
-        from swarm.client.weights import local_checkpoint
+        from swarm.catalogue.resolve import local_checkpoint
 
         path = local_checkpoint(files.base_model)
         if path is not None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from swarm.cached_peers import load_peers, save_peers, worth_keeping
 from swarm.catalogue.download import Progress
 from swarm.catalogue.library import Library
+from swarm.catalogue.resolve import local_checkpoint
 from swarm.client.adapter_push import push_timeout_s
 from swarm.client.auditing import Auditor
 from swarm.client.chain import Chain, ChainObserver, ChainTimeouts
@@ -31,7 +32,7 @@ from swarm.client.known_nodes import KnownNodes
 from swarm.client.ledger_store import ClientLedger, known_reputations
 from swarm.client.router import OLDEST_VIEW_S, READ_AGAIN_S, Router
 from swarm.client.vouchers import Grant, issue_for_ourselves
-from swarm.client.weights import client_library, fetch_ends, local_checkpoint
+from swarm.client.weights import client_library, fetch_ends
 from swarm.clock_offset import ClockOffsets, CorrectedClock
 from swarm.gate import Gate
 from swarm.journal import JournalBudget

@@ -84,8 +84,8 @@ class Swarm:
 def joined(model_name: str, settings: ClientSettings) -> Iterator[Swarm]:
     """Load the model's ends and join; what is not on this disk is fetched from the swarm."""
     prepare_process()
+    from swarm.catalogue.resolve import local_checkpoint
     from swarm.client.generate import LocalModel
-    from swarm.client.weights import local_checkpoint
 
     local = local_checkpoint(model_name)
     model = LocalModel.load(str(local), dtype=settings.dtype) if local is not None else None

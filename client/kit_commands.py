@@ -35,11 +35,17 @@ def make(
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", metavar="NAME", help="An adapter to add.")
     ] = None,
-    charter: Annotated[Path | None, typer.Option("--charter", metavar="FILE")] = None,
+    charter: Annotated[
+        Path | None,
+        typer.Option("--charter", metavar="FILE", help="Of the swarm that it is for."),
+    ] = None,
     passport: Annotated[
         Path | None, typer.Option("--passport", metavar="FILE", help="Of one peer: its own kit.")
     ] = None,
-    invitation: Annotated[Path | None, typer.Option("--invitation", metavar="FILE")] = None,
+    invitation: Annotated[
+        Path | None,
+        typer.Option("--invitation", metavar="FILE", help="Each newcomer gets a passport by it."),
+    ] = None,
     at: Annotated[
         list[str] | None,
         typer.Option("--at", metavar="ADDRESS", help="Peers to join by from the kit."),

@@ -30,13 +30,13 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from swarm.catalogue.checkpoint import Checkpoint
+from swarm.catalogue.resolve import local_checkpoint
 from swarm.client.adapters import find_adapter
 from swarm.client.background import BackgroundLoop
 from swarm.client.cache import RemoteSession, SwarmCache
 from swarm.client.config import ClientSettings
 from swarm.client.ends import ModelEnds, read_generation_config, remote_blocks
 from swarm.client.remote_blocks import RemoteBlocks
-from swarm.client.weights import local_checkpoint
 from swarm.protocol.errors import GenerationInterrupted, NoRouteError, UsageError
 
 if TYPE_CHECKING:

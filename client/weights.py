@@ -44,14 +44,6 @@ def client_library(
     )
 
 
-def local_checkpoint(name: str) -> Path | None:
-    """A model's directory that is on this disk already; None when there is none."""
-    try:
-        return resolve_checkpoint(name, allow_download=False)
-    except CheckpointError:
-        return None
-
-
 async def fetch_ends(
     library: Library,
     name: str,

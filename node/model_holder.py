@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from swarm.catalogue.checkpoint import Checkpoint
+from swarm.catalogue.resolve import local_checkpoint
 from swarm.node.addresses import for_record
 from swarm.node.board import Board
 from swarm.node.config import SeedSettings
-from swarm.node.weights import NodeWeights, local_checkpoint
+from swarm.node.weights import NodeWeights
 from swarm.protocol.errors import SwarmError
 from swarm.protocol.identity import Identity, PeerId
 from swarm.virtual_time import LoopClock

@@ -20,11 +20,11 @@ from swarm.catalogue.directory import CatalogueAnnouncer
 from swarm.catalogue.download import Progress
 from swarm.catalogue.holdings import PlainDirectory
 from swarm.catalogue.library import Library, LibrarySettings
-from swarm.catalogue.resolve import resolve_checkpoint
+from swarm.catalogue.resolve import local_checkpoint, resolve_checkpoint
 from swarm.catalogue.store import StoredRevision
 from swarm.node.config import BlockSpan, NodeSettings, PeerSettings
 from swarm.ports import Clock, Directory, Transport
-from swarm.protocol.errors import CheckpointError, NetworkError, SwarmError
+from swarm.protocol.errors import CheckpointError, NetworkError
 from swarm.protocol.identity import Identity, PeerId
 from swarm.protocol.manifest import Manifest, ManifestSignature, sign_manifest
 
@@ -179,14 +179,6 @@ class NodeWeights:
                 return await self.library.catalogue.manifest(listed[0])
         except NetworkError as error:
             log.info("no manifest of %s is known: %s", name, error)
-        return None
-
-
-def local_checkpoint(model: str) -> Path | None:
-    """A directory that is on this disk already; None when there is none."""
-    try:
-        return resolve_checkpoint(model, allow_download=False)
-    except SwarmError:
         return None
 
 

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import AutoTokenizer
 
 from swarm.catalogue.checkpoint import Checkpoint
+from swarm.catalogue.resolve import local_checkpoint
 from swarm.client.app import SwarmClient
 from swarm.client.config import ClientSettings
 from swarm.client.finetune.chain import TrainingChain, TrainingChainRequest
@@ -40,7 +41,6 @@ from swarm.client.finetune.settings import FinetuneSettings
 from swarm.client.finetune.trainer import Trainer
 from swarm.client.joining import connected, progress_line
 from swarm.client.output import note
-from swarm.client.weights import local_checkpoint
 from swarm.protocol.errors import CheckpointError, UsageError
 from swarm.virtual_time import LoopClock
 

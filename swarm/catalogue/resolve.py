@@ -31,7 +31,7 @@ def resolve_checkpoint(name_or_path: str | Path, *, allow_download: bool = True)
             if candidate.is_dir():
                 return candidate
             looked.append(f"{candidate} (no such directory)")
-        if not name.startswith((".", "/", "~")):
+        if not _is_path(name):
             snapshot = _hub_snapshot(name, allow_download, looked)
             if snapshot is not None:
                 return snapshot
@@ -40,6 +40,23 @@ def resolve_checkpoint(name_or_path: str | Path, *, allow_download: bool = True)
         + "; ".join(looked)
         + ". Give the path of a checkpoint directory, or the name of a model on the hub."
     )
+
+
+def local_checkpoint(name_or_path: str) -> Path | None:
+    """A model's directory that is on this disk already; None for a name that must be fetched.
+
+    Raises CheckpointError for a path that does not exist: no peer has it under such a name.
+    """
+    try:
+        return resolve_checkpoint(name_or_path, allow_download=False)
+    except CheckpointError:
+        if _is_path(name_or_path):
+            raise
+        return None
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~"))
 
 
 def _hub_snapshot(name: str, allow_download: bool, looked: list[str]) -> Path | None:

@@ -202,7 +202,7 @@ class Target:
         async with self.swarm.chain(maximum_tokens=8) as chain:
             received = await chain.step(sent, 0, output_tokens=3)
         assert bytes(received.data) == toy_blocks(0, 2, 1).step(bytes(sent.data), 3, 0)
-        await self.swarm.assert_nothing_left()
+        await self.swarm.assert_nothing_held()
 
 
 @pytest.fixture
@@ -229,6 +229,7 @@ def test_hostile_bytes_never_hurt(target: Target, make_tensor: Any, toy_blocks: 
         target.runner.run(target.check_alive(random, make_tensor, toy_blocks))
 
     attack()
+    target.runner.run(target.swarm.assert_nothing_left())
     refusals = set(target.swarm.nodes[0].counted.codes)
     assert refusals >= REACHED, f"the attack no longer reaches {REACHED - refusals}"
     assert ErrorCode.INTERNAL not in refusals
