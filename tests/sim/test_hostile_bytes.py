@@ -212,6 +212,7 @@ def target(toy_swarm: Any) -> Iterator[Target]:
     target.runner.close()
 
 
+@pytest.mark.timeout(900)  # a minute of computing, more where the cores are shared
 def test_hostile_bytes_never_hurt(target: Target, make_tensor: Any, toy_blocks: Any) -> None:
     before_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     random = Random(1)
