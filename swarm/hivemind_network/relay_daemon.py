@@ -30,7 +30,10 @@ ASKING = NetworkSettings(listen_addresses=("/ip4/127.0.0.1/tcp/0",), serve_direc
 
 
 async def start_relay_daemon(identity_path: Path, settings: NetworkSettings) -> P2P:
-    """Start until it relays as it was told to. Raises NetworkError when it does not start."""
+    """Start until it relays as it was told to; after some attempts, take it as it is.
+
+    A seed that relays a little is better than none. Raises NetworkError when it does not start.
+    """
     with tempfile.TemporaryDirectory(prefix="swarm-relay-") as folder:
         key = Path(folder) / "identity.key"
         Identity.generate().save(key)
@@ -44,7 +47,8 @@ async def start_relay_daemon(identity_path: Path, settings: NetworkSettings) -> 
                 await stop_daemon(daemon)
         finally:
             await stop_daemon(asking)
-    raise NetworkError("the network daemon does not relay for others")
+    logger.warning("our daemon relays a little only: nodes behind routers need other relays")
+    return await start_daemon(identity_path, settings)
 
 
 async def _relays(daemon: P2P, asking: P2P) -> bool:
@@ -60,7 +64,9 @@ async def _relays(daemon: P2P, asking: P2P) -> bool:
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
                 await reserve(asking, peer)
-        except (NetworkError, TimeoutError) as error:
+        except TimeoutError:
+            logger.debug("our own relay takes its time")
+        except NetworkError as error:
             logger.debug("our own relay: %s", error)
             return False
     except BaseException:

@@ -122,7 +122,8 @@ class Crawler:
 
     def _settings(self) -> ViewSettings:
         return ViewSettings(
-            refresh_s=self._period_s,
+            # However rarely the page looks: records end, and are read again before.
+            refresh_s=min(self._period_s, ANNOUNCE_PERIOD_S),
             tombstones_s=max(1.0, self._period_s / LOST_CHECKS),
             bytes_per_s=BYTES_PER_S,
             maximum_shards=MAX_SHARDS,

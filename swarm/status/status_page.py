@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LONGEST_PROBE_S = 120.0
+UNKNOWN_MODEL_WAIT_S = 1.0
+"""Until the next try to probe a model that no look has found yet."""
 LEDGER_PERIOD_S = 300.0
 SWITCH_S = 0.0005
 
@@ -195,7 +197,7 @@ class StatusPage:
                 return
             await self._clock.sleep(max(0.0, due_s[revision] - self._clock.monotonic_s()))
             if self.snapshot.model(revision) is None:
-                due_s[revision] = self._clock.monotonic_s() + self.settings.period_s
+                due_s[revision] = self._clock.monotonic_s() + UNKNOWN_MODEL_WAIT_S
                 continue
             due_s[revision] = self._clock.monotonic_s() + self.settings.probe_period_s
             probe = await self._probed(prober, revision)

@@ -87,10 +87,11 @@ def test_a_peer_that_does_not_answer(smollm2_path: Path) -> None:
     assert "127.0.0.1/tcp/9" in done.stderr
 
 
-def test_a_model_that_is_not_there() -> None:
-    done = ask("no-such-model", NOBODY)
-    assert done.returncode == USAGE
-    assert "no-such-model" in done.stderr
+def test_a_model_that_is_not_there(swarm_with_a_hole: LocalSwarm) -> None:
+    for model in ("no-such-model", "./no-such-folder"):
+        done = ask(model, swarm_with_a_hole.peers[0])
+        assert done.returncode == USAGE
+        assert model in done.stderr
 
 
 def test_an_incomplete_checkpoint(smollm2_path: Path, tmp_path: Path) -> None:
