@@ -228,7 +228,7 @@ class Chain:
         """Pass ``[rows, tokens, hidden]`` through all blocks: ``[rows, output_tokens, hidden]``.
 
         ``position`` below :attr:`length` first drops what is cached from there on. Long inputs go
-        as several steps, of which the hops work on different ones at the same time.
+        as several steps, of which hops on different machines work on different ones at a time.
 
         Raises NoRouteError when lost hops could not be replaced, which names their blocks and what
         was tried; nothing of the step counts then, and it may be asked for again. Raises
@@ -258,6 +258,8 @@ class Chain:
                                 deadline_s=deadline.when(),
                             )
                         )
+                        if self._shares_cores:
+                            await pending[-1]
                     results = [await future for future in pending]
             except TimeoutError:
                 error = NetworkError(
@@ -711,13 +713,18 @@ class Chain:
         """Most ``rows x tokens`` of one piece of a long prompt.
 
         Hops on different machines work on different pieces at the same time. On one machine they
-        would only take each other's cores: there a prompt goes in as few pieces as nodes allow.
+        would only take each other's cores: there a prompt goes in as few pieces as nodes allow, one
+        after the other.
         """
         links = self._hops.links
         most = min((link.opened.maximum_step_tokens for link in links), default=1)
-        if len(links) == 1 or is_one_machine(self._hops.plan):
+        if len(links) == 1 or self._shares_cores:
             return most
         return min(most, PIPELINED_PIECE_TOKENS)
+
+    @property
+    def _shares_cores(self) -> bool:
+        return len(self._hops.links) > 1 and is_one_machine(self._hops.plan)
 
     def _require_usable(self) -> None:
         if self._failure is not None:

@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -63,6 +64,7 @@ from swarm.protocol.records import MAX_ADAPTERS, NodeRecord, NodeState
 from swarm.protocol.version import MAXIMUM_VERSION, MINIMUM_VERSION, software_version
 from swarm.revocations import RevocationWatch
 from swarm.routing import adapter_hint
+from swarm.threads import run_in_own_thread
 from swarm.virtual_time import LoopClock
 
 if TYPE_CHECKING:
@@ -377,7 +379,7 @@ class _Node:
             self._board.update(loading_fraction=loaded / total)
 
         await self._weights.ensure(model.checkpoint, span)
-        engine = await asyncio.to_thread(_load, model, self._settings, span, progress)
+        engine = await run_in_own_thread(partial(_load, model, self._settings, span, progress))
         # What was imported and loaded stays: the collector need not look at it between two tokens.
         gc.collect()
         gc.freeze()

@@ -10,10 +10,10 @@ Rules:
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -24,6 +24,7 @@ from swarm.node.engine.adapted_layers import Delta, LoadedAdapter, Place
 from swarm.node.engine.span_loader import Span, read_tensor
 from swarm.protocol.adapter_index import AdapterIndex, ModuleSpec
 from swarm.protocol.errors import AdapterError, ErrorCode, ProtocolError
+from swarm.threads import run_in_own_thread
 
 DEFAULT_ADAPTER_BYTES = 256 * 1024 * 1024
 
@@ -144,7 +145,7 @@ class AdapterLoading:
         Raises ProtocolError(ADAPTER_REFUSED) for bytes that the index does not name, or that are
         no finite numbers.
         """
-        await asyncio.to_thread(self._load_module, module, tensors)
+        await run_in_own_thread(partial(self._load_module, module, tensors))
 
     def _load_module(self, module: ModuleSpec, tensors: Sequence[bytes | bytearray]) -> None:
         key = (module.block, module.name)

@@ -18,6 +18,8 @@ TOLERATED_WAIT = 0.25
 """Waiting for a core, as a share of computing, that is no contention yet."""
 FIRST_HOLD_S = 1.0
 LONGEST_HOLD_S = 4.0
+PAUSE_S = 1.0
+"""After so long without computing, what was measured before says nothing of now."""
 
 
 class ThreadGovernor:
@@ -32,6 +34,12 @@ class ThreadGovernor:
         self.threads = self._maximum
         self._hold_s = FIRST_HOLD_S
         self._held_until_s = 0.0
+
+    def begin(self, now_s: float) -> int:
+        """The number to use after a pause: all, unless giving threads up has just been decided."""
+        if now_s >= self._held_until_s:
+            self.threads = self._maximum
+        return self.threads
 
     def update(self, now_s: float, computed_s: float, waited_s: float) -> int:
         """The number to use now, after a window of computing with ``waited_s`` in queues."""
@@ -62,11 +70,22 @@ class ContentionMeter:
         self._set_threads = set_threads
         self._read_waited_s = read_waited_s
         self._computed_s = 0.0
+        self._ended_s = float("-inf")
         self._waited_before_s = read_waited_s()
+
+    def begins(self, now_s: float) -> None:
+        """A batch is about to be computed."""
+        if now_s - self._ended_s < PAUSE_S or self._waited_before_s is None:
+            return
+        before = self._governor.threads
+        self._computed_s, self._waited_before_s = 0.0, self._read_waited_s()
+        if self._governor.begin(now_s) != before:
+            self._set_threads(self._governor.threads)
 
     def computed(self, now_s: float, duration_s: float) -> None:
         """A batch took ``duration_s``; reads the kernel's counters once a window."""
         self._computed_s += duration_s
+        self._ended_s = now_s
         if self._computed_s < WINDOW_S or self._waited_before_s is None:
             return
         waited_s = self._read_waited_s()

@@ -43,6 +43,7 @@ from swarm.node.engine.training_batch import TrainingBatch
 from swarm.node.engine.worker import Worker
 from swarm.protocol.errors import ErrorCode, ProtocolError
 from swarm.protocol.tensors import DType, WireTensor
+from swarm.threads import run_in_own_thread
 
 _log = logging.getLogger(__name__)
 
@@ -98,8 +99,8 @@ class SpanTraining:
             raise ProtocolError(ErrorCode.BLOCKS_NOT_HOSTED)
         async with self._loading:
             if self._linears is None:
-                self._linears = await asyncio.to_thread(
-                    linear_sizes, self._checkpoint, span.first_block, span.end_block
+                self._linears = await run_in_own_thread(
+                    partial(linear_sizes, self._checkpoint, span.first_block, span.end_block)
                 )
             own = {
                 block: self._linears[block]
@@ -111,7 +112,7 @@ class SpanTraining:
                 shard = AdapterShard(
                     request.terms.adapter, request.terms.dropout, request.terms.seed
                 )
-                await asyncio.to_thread(_fill, shard, trainable, own)
+                await run_in_own_thread(partial(_fill, shard, trainable, own))
             except BaseException:
                 self._budget.release(reservation.total_bytes)
                 self._linger()
@@ -163,8 +164,8 @@ class SpanTraining:
             self._lingering = None
         if self._trainable is None:
             _log.info("loading blocks for training")
-            self._trainable = await asyncio.to_thread(
-                TrainableSpan.load, self._checkpoint, self._span
+            self._trainable = await run_in_own_thread(
+                partial(TrainableSpan.load, self._checkpoint, self._span)
             )
         return self._trainable
 

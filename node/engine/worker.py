@@ -264,6 +264,7 @@ class Worker:
         self._meter = meter
         while jobs := self._take():
             started_s = time.perf_counter()
+            meter.begins(started_s)
             try:
                 results = compute_batch(self._span, [(job.cache, job.step) for job in jobs])
             except Exception:  # whatever happened: these steps fail, the thread lives on

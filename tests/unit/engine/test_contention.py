@@ -7,6 +7,7 @@ from pathlib import Path
 from swarm.node.engine.contention import (
     FIRST_HOLD_S,
     LONGEST_HOLD_S,
+    PAUSE_S,
     WINDOW_S,
     ContentionMeter,
     ThreadGovernor,
@@ -89,3 +90,29 @@ def test_only_threads_that_compute_count_as_waiting(tmp_path: Path) -> None:
         (tmp_path / str(thread) / "schedstat").write_text(f"123 {waited_ns} 7\n")
     assert read_waited_s([2, 3, 4], tmp_path) == 0.75
     assert read_waited_s([2], tmp_path / "missing") is None
+
+
+def test_after_a_pause_all_threads_compute_again() -> None:
+    """Eight sessions left a node with one thread; the prompt after them took twice as long."""
+    changes: list[int] = []
+    waited_s = [0.0]
+    governor = ThreadGovernor(2)
+    meter = ContentionMeter(governor, changes.append, lambda: waited_s[0])
+    waited_s[0] = 1.0
+    meter.computed(WINDOW_S, WINDOW_S)
+    assert changes == [1]
+    meter.begins(WINDOW_S + PAUSE_S / 2)
+    meter.computed(2 * WINDOW_S + PAUSE_S / 2, WINDOW_S / 2)
+    assert changes == [1], "no pause yet"
+    waited_s[0] = 9.0  # by others, meanwhile
+    meter.begins(2 * WINDOW_S + 2 * PAUSE_S)
+    assert changes == [1, 2]
+    meter.computed(3 * WINDOW_S + 2 * PAUSE_S, WINDOW_S)
+    assert changes == [1, 2], "what threads waited during the pause does not count"
+
+
+def test_a_pause_within_the_hold_changes_nothing() -> None:
+    governor = ThreadGovernor(2)
+    governor.update(100.0, 1.0, 1.0)
+    assert governor.begin(100.0 + FIRST_HOLD_S / 2) == 1
+    assert governor.begin(100.0 + FIRST_HOLD_S) == 2
