@@ -23,7 +23,8 @@ from swarm.protocol.prices import UNITS_PER_CREDIT
 from swarm.status.plain_text import plain_text
 from swarm.status.probing import Problem
 from swarm.status.snapshot import Probe, ProbeHop
-from swarm.status.status_page import StatusPage, StatusSettings, favour_readers, served
+from swarm.status.status_page import StatusPage, StatusSettings, served
+from swarm.status.undisturbed import UndisturbedLooks
 from swarm.virtual_time import LoopClock
 
 if TYPE_CHECKING:
@@ -142,9 +143,9 @@ async def run_status_page(
             client.clock,
             prober=CanaryProber(client, models) if models else None,
             ledger=ledger,
+            around_look=UndisturbedLooks(),
         )
         stack.callback(page.close)
-        favour_readers()
         ready(await stack.enter_async_context(served(page)))
         async with asyncio.TaskGroup() as group:
             running = group.create_task(page.run())

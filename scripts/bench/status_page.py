@@ -29,7 +29,8 @@ import aiohttp
 from scripts.process_keeper import KeptProcess
 from swarm.simulation.announced import AnnouncedSwarm
 from swarm.status.languages import LANGUAGES
-from swarm.status.status_page import StatusPage, StatusSettings, favour_readers, served
+from swarm.status.status_page import StatusPage, StatusSettings, served
+from swarm.status.undisturbed import UndisturbedLooks
 from swarm.virtual_time import LoopClock
 
 START_DEADLINE_S = 180.0
@@ -40,8 +41,7 @@ async def serve(nodes: int, port: int, period_s: float, folder: Path) -> None:
     clock = LoopClock()
     swarm = AnnouncedSwarm.of(nodes, clock)
     settings = StatusSettings(database=folder / "status.sqlite", port=port, period_s=period_s)
-    page = StatusPage(settings, swarm, clock)
-    favour_readers()
+    page = StatusPage(settings, swarm, clock, around_look=UndisturbedLooks())
     try:
         async with served(page) as url, asyncio.TaskGroup() as group:
             group.create_task(page.run())

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +41,6 @@ LONGEST_PROBE_S = 120.0
 UNKNOWN_MODEL_WAIT_S = 1.0
 """Until the next try to probe a model that no look has found yet."""
 LEDGER_PERIOD_S = 300.0
-SWITCH_S = 0.0005
 
 
 class SettledWork(Protocol):
@@ -95,8 +93,9 @@ class StatusPage:
         *,
         prober: Prober | None = None,
         ledger: SettledWork | None = None,
+        around_look: AbstractContextManager[None] | None = None,
     ) -> None:
-        """Opens the database. Raises ConfigError."""
+        """Opens the database. ``around_look`` is entered for each look. Raises ConfigError."""
         self.settings = settings
         self.live = LiveUpdates()
         self.metrics = StatusMetrics()
@@ -108,6 +107,7 @@ class StatusPage:
             peers=settings.peers_shown,
             origin=settings.public_url.rstrip("/"),
         )
+        self._around_look = around_look or nullcontext()
         self._clock = clock
         self._prober = prober
         self._ledger = ledger
@@ -181,7 +181,8 @@ class StatusPage:
     # --- what runs -------------------------------------------------------------------------------
     async def _looked(self, crawl: Crawl) -> None:
         started_s = time.perf_counter()
-        snapshot = await self._in_thread(self._writer, lambda: self._observatory.observe(crawl))
+        with self._around_look:
+            snapshot = await self._in_thread(self._writer, lambda: self._observatory.observe(crawl))
         self.metrics.look_done(time.perf_counter() - started_s)
         self.metrics.snapshot = snapshot
         served = {model.revision for model in snapshot.models} | {""}
@@ -220,12 +221,6 @@ class StatusPage:
 
     async def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
-
-
-def favour_readers() -> None:
-    """For the process that serves the page: its event loop gets the interpreter within half a
-    millisecond, and not within five, while a look at ten thousand nodes is taken into account."""
-    sys.setswitchinterval(SWITCH_S)
 
 
 @asynccontextmanager
