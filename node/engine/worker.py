@@ -91,22 +91,25 @@ class BetweenShare:
 
     def __init__(self) -> None:
         self._credit_s = 0.0
-        self._longest_s = 0.0
+        self._latest_s = 0.0
+        self._steps_ran = False
 
     @property
     def is_due(self) -> bool:
-        """Whether it has waited for so long that steps may wait for it."""
-        return self._credit_s > 0
+        """Whether it has waited for so long that steps may wait for it: for one call, not more."""
+        return self._steps_ran and self._credit_s > 0
 
     def ran_steps(self, duration_s: float) -> None:
         """A batch of steps took this long; the credit is bounded by what one call takes."""
         earned_s = duration_s * self.SHARE / (1 - self.SHARE)
-        self._credit_s = min(self._credit_s + earned_s, self._longest_s)
+        self._credit_s = min(self._credit_s + earned_s, self._latest_s)
+        self._steps_ran = True
 
     def ran_between(self, duration_s: float) -> None:
         """A call took this long; what it takes while nobody waits is free."""
-        self._longest_s = duration_s
+        self._latest_s = duration_s
         self._credit_s = max(-duration_s, self._credit_s - duration_s)
+        self._steps_ran = False
 
 
 class Worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from swarm.compute.lora import AdapterShape, Method, peft_name
 from swarm.compute.training_terms import OptimizerSettings, TrainingTerms
 from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
+from swarm.node.engine.api import StepInput
 from swarm.node.engine.training import SpanTrainingSession
 from swarm.node.engine.training_api import MicroBatch, TrainingRequest, TrainingSession
+from swarm.node.engine.worker import BetweenShare
 from swarm.protocol.tensors import DType, WireTensor
 
 # peft 0.21 asks transformers 5.23 by a name that is going away.
@@ -193,3 +196,68 @@ async def test_activations_that_are_dropped_are_computed_again(
             await chain.close()
     assert kept[0] > kept[1]  # only some blocks keep their activations
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+class CountingShare(BetweenShare):
+    """Counts calls of training, and how many there had been when each batch of steps ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.calls_before_steps: list[int] = []
+
+    def ran_steps(self, duration_s: float) -> None:
+        self.calls_before_steps.append(self.calls)
+        super().ran_steps(duration_s)
+
+    def ran_between(self, duration_s: float) -> None:
+        self.calls += 1
+        super().ran_between(duration_s)
+
+
+async def test_one_decodes_while_others_train(make_tiny: Any, load_chain: Any) -> None:
+    """The tokens are right, each step waits for a part of a micro-batch, training goes on."""
+    tiny = make_tiny("llama")
+    chain = load_chain(tiny, SPANS, cache_tokens=1 << 16)
+    shares = [CountingShare() for _ in SPANS]
+    for engine, share in zip(chain.engines, shares, strict=True):
+        engine._worker._share = share
+    trained = asyncio.Semaphore(0)
+
+    async def train() -> None:
+        sessions = await open_all(chain, terms())
+        number = 0
+        while True:
+            number += 1
+            hidden = torch.randn(1, 64, tiny.model.config.hidden_size)
+            output = await forward(sessions, MicroBatch(number, (40, 24)), hidden)
+            await backward(sessions, number, torch.ones_like(output) / 64)
+            trained.release()
+
+    tokens = torch.tensor([[5, 17, 33, 60, 2, 9]])
+    position = 0
+    caches = chain.open(1, 64)
+    waited_for = []
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            training = [tasks.create_task(train()) for _ in SPANS]  # so that no device is idle
+            await trained.acquire()
+            begun = [share.calls for share in shares]
+            for _ in range(24):
+                wire = tensor_to_wire(tiny.embed(tokens[:, position:]), DType.FLOAT32)
+                for engine, cache, share in zip(chain.engines, caches, shares, strict=True):
+                    calls = share.calls
+                    step = StepInput(wire, position, tokens.shape[1] - position)
+                    wire = (await engine.step(cache, step)).activations
+                    waited_for.append(share.calls_before_steps[-1] - calls)
+                position = tokens.shape[1]
+                best = tiny.head(tensor_from_wire(wire))[:, -1:].argmax(-1)
+                assert best.item() == tiny.logits(tokens)[0, -1].argmax().item()
+                tokens = torch.cat([tokens, best], dim=1)
+            assert all(share.calls > calls for share, calls in zip(shares, begun, strict=True))
+            for task in training:
+                task.cancel()
+    finally:
+        await chain.close()
+    # The block that is computed when a step comes, and one that ended while we counted.
+    assert 0 < max(waited_for) <= 2

@@ -28,3 +28,16 @@ def test_an_idle_device_costs_no_credit_later() -> None:
         share.ran_steps(0.01)
         steps += 1
     assert steps <= 16  # as after a single call
+
+
+def test_steps_never_wait_for_two_calls() -> None:
+    """Nor when there is credit for several: a long call came before short ones."""
+    share = BetweenShare()
+    share.ran_between(0.05)
+    for _ in range(100):
+        share.ran_steps(0.01)
+    assert share.is_due
+    share.ran_between(0.001)
+    assert not share.is_due
+    share.ran_steps(0.01)
+    assert share.is_due
