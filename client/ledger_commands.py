@@ -8,6 +8,7 @@ import os
 import sqlite3
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,19 +118,36 @@ def prove(
     node_ledger: NodeLedger = None,
     operator: Operator = None,
     account: Account = None,
+    received: Annotated[
+        bool,
+        typer.Option("--received", help="What you received, and under which policies."),
+    ] = False,
+    ledger: Ledger = None,
 ) -> None:
     """Write a file that proves work to anybody: by vouchers, or by an operator's public log.
 
-    The file names sessions and keys, no person and no text. scripts/verify_proof.py checks it
-    offline.
+    The file names sessions, keys and the policies that were kept, no person and no text.
+    scripts/verify_proof.py checks it offline.
     """
-    from swarm.ledger.proof_file import proof_file, voucher_items
+    from swarm.ledger.proof_file import RECEIVED, proof_file, voucher_items
 
     with _outcome():
+        if received and operator is not None:
+            raise UsageError("what you received is in your own books, not in an operator's log")
         if operator is not None:
             if account is None:
                 raise UsageError("name the account with --account")
             content = proof_file(account, asyncio.run(_leaf_items(operator, account)))
+        elif received:
+            with _client_books(ledger) as books:
+                items = list(_received_items(books)) if books is not None else []
+                if books is None or not items:
+                    raise UsageError("your client has no receipts yet; name its books by --ledger")
+                content = proof_file(RECEIVED, items)
+                _tell_policies(
+                    (entry.terms.policy for entry in books.received() if entry.receipt),
+                    books.policies(),
+                )
         else:
             with _node_books(node_ledger) as node:
                 if node is None:
@@ -138,6 +156,7 @@ def prove(
                 if entry is None:
                     raise UsageError("nobody has vouched for any work yet")
                 content = proof_file(_node_of(entry), voucher_items(node))
+                _tell_policies((entry.policy for entry in node.channels()), node.policies())
         output.write_text(content, encoding="ascii")
         print(f"wrote {output}; check it with scripts/verify_proof.py", file=sys.stderr)
 
@@ -198,6 +217,29 @@ def _node_of(entry: ChannelEntry) -> str:
     from swarm.protocol.ledger_objects import Receipt
 
     return strict_json.parse(Receipt, entry.receipt.payload).node
+
+
+def _received_items(books: ClientLedgerReader) -> Iterator[str]:
+    """One for each session at a node that gave a receipt."""
+    from swarm.ledger.proof_file import voucher_item
+    from swarm.protocol.ledger_objects import Allowance
+
+    allowances, policies = books.allowances(), books.policies()
+    for entry in books.received():
+        terms = entry.terms
+        if not entry.receipt or terms.serial not in allowances:
+            continue
+        allowance = allowances[terms.serial].envelope(Allowance).to_json()
+        policy = policies.get(terms.policy, "")
+        yield voucher_item(allowance, entry.voucher, entry.receipt, policy)
+
+
+def _tell_policies(kept: Iterator[str], texts: dict[str, str]) -> None:
+    """How many sessions kept which policy; for people."""
+    from swarm.ledger.kept_policies import described
+
+    for digest, count in Counter(kept).most_common():
+        print(f"{count} sessions under {described(digest, texts)}", file=sys.stderr)
 
 
 def _at_operator(url: str, account: str) -> dict[str, Any]:

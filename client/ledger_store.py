@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swarm.client.vouchers import HopAccount
-from swarm.ledger import feed, received
+from swarm.ledger import feed, kept_policies, received
+from swarm.ledger.channel import Signed
 from swarm.ledger.commits import Commits, CommitThread, read_only
 from swarm.ledger.reputation import NodeReputation, Reputations
+from swarm.protocol import strict_json
+from swarm.protocol.envelope import parse_envelope
 from swarm.protocol.identity import PeerId
 from swarm.protocol.ledger_objects import Receipt, Voucher
 from swarm.protocol.prices import price_table
@@ -21,7 +24,14 @@ from swarm.protocol.prices import price_table
 SCHEMA = (
     feed.SCHEMA
     + received.SCHEMA
+    + kept_policies.SCHEMA
     + """
+CREATE TABLE IF NOT EXISTS allowance (
+    serial TEXT PRIMARY KEY,
+    payload BLOB NOT NULL,
+    signature BLOB NOT NULL,
+    issuer BLOB NOT NULL
+) STRICT;
 CREATE TABLE IF NOT EXISTS reputation (
     node TEXT PRIMARY KEY,
     body TEXT NOT NULL
@@ -43,6 +53,11 @@ class ReceivedEntry:
     receipt: str
     unix_s: int
 
+    @property
+    def terms(self) -> Voucher:
+        """What was vouched for. Raises DecodeError."""
+        return strict_json.parse(Voucher, parse_envelope(self.voucher).payload)
+
 
 class ClientLedger:
     """Writes of one client."""
@@ -57,9 +72,12 @@ class ClientLedger:
 
     async def keep(self, accounts: list[HopAccount]) -> None:
         """The sessions at these hops are over."""
-        rows = [row for row in map(_row, accounts) if row is not None]
+        vouched = [account for account in accounts if account.voucher is not None]
+        rows = [row for row in map(_row, vouched) if row is not None]
         if not rows:
             return
+        allowances = {account.grant.allowance.serial: account.grant.signed for account in vouched}
+        policies = {account.policy for account in vouched}
 
         def write(database: sqlite3.Connection) -> None:
             for row in rows:
@@ -68,6 +86,13 @@ class ClientLedger:
                 )
                 body = {"serial": row[0], "session": row[1], "node": row[2], "units": row[4]}
                 feed.append(database, "received", body)
+            for serial, signed in allowances.items():
+                database.execute(
+                    "INSERT OR IGNORE INTO allowance VALUES (?, ?, ?, ?)",
+                    (serial, signed.payload, signed.signature, signed.public_key),
+                )
+            for policy in policies:
+                kept_policies.remember(database, policy)
 
         await self._commits.write(write)
 
@@ -114,6 +139,15 @@ class ClientLedgerReader:
         for row in rows:
             yield ReceivedEntry(*row)
 
+    def allowances(self) -> dict[str, Signed]:
+        """By their serials."""
+        rows = self._database.execute("SELECT serial, payload, signature, issuer FROM allowance")
+        return {serial: Signed(*signed) for serial, *signed in rows}
+
+    def policies(self) -> dict[str, str]:
+        """Digests of policies to their texts. Raises BrokenFeed for one that was changed."""
+        return kept_policies.known(self._database)
+
     def received_from(self) -> dict[str, int]:
         """Units by node."""
         return dict(self._database.execute("SELECT node, sum(units) FROM received GROUP BY node"))
@@ -123,7 +157,8 @@ class ClientLedgerReader:
         return dict(self._database.execute("SELECT node, body FROM reputation"))
 
     def verify(self) -> tuple[int, bytes]:
-        """Check the feed. Raises BrokenFeed."""
+        """Check the feed and the texts of policies. Raises BrokenFeed."""
+        self.policies()
         return feed.verify(self._database)
 
 

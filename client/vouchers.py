@@ -31,6 +31,7 @@ from swarm.protocol.ledger_objects import (
     Work,
 )
 from swarm.protocol.messages import OpenSession, SessionOpened, SignedReceipt, SignedVoucher
+from swarm.protocol.policy import policy_digest
 from swarm.protocol.prices import CURRENT_EPOCH
 from swarm.protocol.strict_json import MAX_INTEGER
 
@@ -93,6 +94,11 @@ class HopAccount:
         return self._request.end_block - self._request.first_block
 
     @property
+    def policy(self) -> bytes:
+        """Under which the session was opened, as it travelled; empty for none."""
+        return self._request.policy
+
+    @property
     def has_latest_receipt(self) -> bool:
         """Whether the latest voucher was answered."""
         if self.voucher is None:
@@ -137,6 +143,7 @@ class HopAccount:
             moved_bytes=issued.moved_bytes,
             transcript=self.receipt.transcript if self.receipt is not None else "",
             unix_s=int(self._clock.unix_s()),
+            policy=policy_digest(self.policy).hex(),
         )
         signed = Signed.of(ledger_objects.sign(voucher, self.grant.key))
         self.voucher, self.voucher_signed = voucher, signed
@@ -177,5 +184,6 @@ def _answers(receipt: Receipt, voucher: Voucher) -> bool:
         "end_block",
         "adapter",
         "work",
+        "policy",
     )
     return all(getattr(receipt, name) == getattr(voucher, name) for name in shared)

@@ -40,6 +40,7 @@ from swarm.protocol.ledger_objects import (
     Work,
 )
 from swarm.protocol.messages import OpenSession, SignedReceipt, SignedVoucher
+from swarm.protocol.policy import policy_digest
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +178,7 @@ class SessionAccount:
         self._standing = standing
         self._terms = terms
         self._session = session_id.hex()
+        self._policy = request.policy
         self.transcript = Transcript(session_id, request.policy)
         self.done = Work()
         self._channel: VoucherChannel | None = None
@@ -193,6 +195,7 @@ class SessionAccount:
                     end_block=request.end_block,
                     adapter=request.adapter_id.hex(),
                     mflop_per_block_token=terms.mflop_per_block_token,
+                    policy=policy_digest(request.policy).hex(),
                 ),
             )
 
@@ -232,7 +235,7 @@ class SessionAccount:
             raise RuntimeError("a receipt without an allowance")
         if not self._is_begun:
             self._is_begun = True
-            await self._store.begin(signed, allowance.serial, self._standing.payer)
+            await self._store.begin(signed, allowance.serial, self._standing.payer, self._policy)
         await self._store.keep(pending.voucher, pending.receipt, pending.units)
         return SignedReceipt(payload=pending.receipt.payload, signature=pending.receipt.signature)
 
@@ -262,6 +265,7 @@ class SessionAccount:
             transcript=self.transcript.head.hex(),
             dtype_class=self._terms.dtype_class,
             unix_s=int(self._clock.unix_s()),
+            policy=voucher.policy,
         )
         return Signed.of(ledger_objects.sign(receipt, self._identity.private_key))
 

@@ -31,7 +31,13 @@ from swarm.protocol import envelope, strict_json
 from swarm.protocol.envelope import Envelope
 from swarm.protocol.errors import DecodeError, ErrorCode
 from swarm.protocol.messages import MAX_BLOCKS
-from swarm.protocol.strict_json import choice, hexadecimal, text, unsigned
+from swarm.protocol.strict_json import (
+    choice,
+    hexadecimal,
+    hexadecimal_or_absent,
+    text,
+    unsigned,
+)
 
 SERIAL_BYTES = 16
 SESSION_BYTES = 16
@@ -124,6 +130,8 @@ class Voucher(SignedObject):
     transcript: str = hexadecimal(0, HASH_BYTES)
     """Head of the latest receipt that the client has of this session; empty before the first."""
     unix_s: int = unsigned()
+    policy: str = hexadecimal_or_absent(HASH_BYTES)
+    """SHA-256 of the policy that the session was opened under; empty for none."""
 
     @property
     def work(self) -> Work:
@@ -152,6 +160,8 @@ class Receipt(SignedObject):
     transcript: str = hexadecimal(HASH_BYTES)
     dtype_class: str = choice(*DTYPE_CLASSES)
     unix_s: int = unsigned()
+    policy: str = hexadecimal_or_absent(HASH_BYTES)
+    """As in the voucher: the node kept it, or would have refused the session."""
 
     @property
     def work(self) -> Work:

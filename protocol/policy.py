@@ -132,13 +132,19 @@ class Policy:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Policy | None:
-        """None for no bytes. Raises DecodeError(BAD_FIELD) for what is no policy."""
+        """None for no bytes. Raises DecodeError(BAD_FIELD) for what is no policy.
+
+        Only the bytes that ``to_bytes`` writes are read: they are what the digest names.
+        """
         if not content:
             return None
         try:
             if len(content) > MAX_POLICY_BYTES:
                 raise ConfigError("too large")
-            return cls.from_mapping(json.loads(content))
+            policy = cls.from_mapping(json.loads(content))
+            if policy.to_bytes() != content:
+                raise ConfigError("not written as it has to be")
+            return policy
         except (ConfigError, ValueError, RecursionError) as error:
             raise DecodeError(ErrorCode.BAD_FIELD, f"policy: {error}") from error
 
@@ -171,8 +177,7 @@ class Policy:
     @property
     def digest(self) -> bytes:
         """SHA-256 of ``to_bytes``; empty for a policy that demands nothing."""
-        content = self.to_bytes()
-        return hashlib.sha256(content).digest() if content else b""
+        return policy_digest(self.to_bytes())
 
     def without(self, *peers: PeerId) -> Policy:
         """The same, and these peers avoided as well."""
@@ -195,6 +200,11 @@ class Policy:
         if self.adapters:
             parts.append(f"adapters {', '.join(self.adapters)}")
         return "; ".join(parts)
+
+
+def policy_digest(content: bytes) -> bytes:
+    """The name in accounts of a policy as it travels; empty for none."""
+    return hashlib.sha256(content).digest() if content else b""
 
 
 def _tier(passport: Passport | None) -> Tier:

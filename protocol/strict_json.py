@@ -6,14 +6,15 @@ sign what a verifier does not see). The bytes are signed as they are and never w
 their order and white space do not matter.
 
 Fields are declared in frozen dataclasses by :func:`unsigned`, :func:`hexadecimal`, :func:`text` and
-:func:`choice`; see ``ledger_objects`` for their use.
+:func:`choice`; see ``ledger_objects`` for their use. One of :func:`hexadecimal_or_absent` is left
+out when it says nothing, and must not be there empty: a meaning has one form.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar, cast
 
 from swarm.protocol.errors import DecodeError, ErrorCode, UsageError
@@ -54,6 +55,12 @@ def hexadecimal(*sizes_bytes: int) -> Any:
     return field(metadata={"json": _Text(re.compile(pattern))})
 
 
+def hexadecimal_or_absent(size_bytes: int) -> Any:
+    """Declare a text field as :func:`hexadecimal`, or "", which is not written."""
+    pattern = re.compile(f"[0-9a-f]{{{2 * size_bytes}}}")
+    return field(default="", metadata={"json": _Text(pattern)})
+
+
 def text(maximum_length: int) -> Any:
     """Declare a field of printable ASCII, at most ``maximum_length`` characters."""
     return field(metadata={"json": _Text(re.compile(f"[ -~]{{0,{maximum_length}}}"))})
@@ -69,6 +76,8 @@ def dump(value: Any) -> bytes:
     content: dict[str, object] = {}
     for declared in fields(value):
         item = getattr(value, declared.name)
+        if declared.default is not MISSING and item == declared.default:
+            continue
         if not declared.metadata["json"].accepts(item):
             raise UsageError(f"{type(value).__name__}.{declared.name}: {item!r} is not allowed")
         content[declared.name] = item
@@ -81,7 +90,9 @@ def dump(value: Any) -> bytes:
 def parse(kind: type[T], data: bytes) -> T:
     """Read bytes from a peer. Raises DecodeError(BAD_FIELD) for anything but a valid object."""
     content = parse_flat(data)
-    declared = fields(cast(Any, kind))
+    declared = [
+        each for each in fields(cast(Any, kind)) if each.default is MISSING or each.name in content
+    ]
     if len(content) != len(declared):
         raise _refused(f"{len(content)} fields")
     for each in declared:

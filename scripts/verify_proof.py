@@ -9,8 +9,8 @@ is proven as JSON. Exit code 0: everything in the file holds; 1: something does 
 
 What it means: a *leaf* was in the operator's public log when the witnesses cosigned, so nobody can
 take it back unseen. A *voucher* says that the holder of an allowance's key vouched for the work and
-that the node answered for it; without an operator anybody can make allowances, so count whom you
-know among the issuers.
+that the node answered for it, and both name the policy that they kept; without an operator anybody
+can make allowances, so count whom you know among the issuers.
 """
 
 import argparse
@@ -37,11 +37,11 @@ SMALL_ORDER_Y = {
     0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826,
     0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7,
 }
+RECEIVED = "received"  # the subject of a user's own file
 BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 PEER_ID_PREFIX = bytes.fromhex("002408011220")
 WORK = ("prefill_tokens", "decode_tokens", "backward_tokens", "moved_bytes")
 SHARED = ("serial", "node", "session", "sequence", "model", "first_block", "end_block", "adapter")
-
 
 Key = tuple[str, int, bytes, bytes]
 Keys = tuple[Key | None, Sequence[Key], int]
@@ -134,24 +134,30 @@ def opened(envelope: dict[str, Any], kind: str) -> tuple[dict[str, Any], bytes]:
 
 
 def check_voucher(item: dict[str, Any], subject: str, sums: dict[str, Any]) -> None:
-    need(set(item) == {"allowance", "voucher", "receipt"}, "fields of an item")
+    need(item.keys() - {"policy"} == {"allowance", "voucher", "receipt"}, "fields of an item")
     allowance, issuer = opened(item["allowance"], "allowance")
     voucher, holder = opened(item["voucher"], "voucher")
     receipt, node = opened(item["receipt"], "receipt")
     need(holder.hex() == allowance["voucher_key"], "a voucher by somebody else")
     need(voucher["serial"] == allowance["serial"], "a voucher of another allowance")
-    need(voucher["node"] == subject, "a voucher for somebody else")
-    need(node == public_key_of(subject), "a receipt by somebody else")
+    need(subject in (voucher["node"], RECEIVED), "a voucher for somebody else")
+    need(node == public_key_of(voucher["node"]), "a receipt by somebody else")
     for name in SHARED + WORK:
         need(voucher[name] == receipt[name], f"voucher and receipt differ in {name}")
+    policy, text = voucher.get("policy", ""), item.get("policy")
+    need(policy == receipt.get("policy", ""), "voucher and receipt differ in policy")
+    if text is not None:
+        need(hashlib.sha256(text.encode()).hexdigest() == policy, "another policy is named")
+        need(isinstance(parse_json(text), dict), "no policy")
     channel = (voucher["serial"], voucher["session"])
     need(channel not in sums["channels"], "a channel occurs twice")
     sums["channels"].add(channel)
     for name in WORK:
         sums[name] = sums.get(name, 0) + voucher[name]
     sums["vouchers"] = sums.get("vouchers", 0) + 1
-    issuers = sums["issuers"]
-    issuers[issuer.hex()] = issuers.get(issuer.hex(), 0) + 1
+    kept = text or (f"SHA-256 {policy}" if policy else "none")
+    for name, value in (("issuers", issuer.hex()), ("nodes", voucher["node"]), ("policies", kept)):
+        sums[name][value] = sums[name].get(value, 0) + 1
 
 
 # --- leaves of the public log --------------------------------------------------------------------
@@ -254,7 +260,8 @@ def check_file(
     need(len(lines) >= 2 and lines[0] == HEADER, "no proof of version 1")
     head: dict[str, Any] = parse_json(lines[1])
     need(set(head) == {"subject"}, "the file names no subject")
-    sums: dict[str, Any] = {"channels": set(), "leaves": set(), "issuers": {}, "posted": {}}
+    sums: dict[str, Any] = {"channels": set(), "leaves": set()}
+    sums |= {name: {} for name in ("issuers", "nodes", "policies", "posted")}
     for line in lines[2:]:
         item = parse_json(line)
         try:

@@ -4,7 +4,8 @@ A *channel* is one allowance at one node in one session. Rules:
 
 1. An allowance is checked once: signed by an issuer that the verifier trusts for its class, and
    valid now. Whoever has a key may issue class ``local``, which counts for statistics only.
-2. A voucher is signed by the allowance's voucher key and names this node, session, model and span.
+2. A voucher is signed by the allowance's voucher key and names this node, session, model and span,
+   and the policy that the session was opened under.
 3. Its number and each of its counts never go down; its price stays within the allowance's share
    per node. An exact repetition changes nothing.
 4. Two vouchers with one number are an equivocation. Both are kept: they convince anybody. The
@@ -101,6 +102,8 @@ class ChannelTerms:
     end_block: int
     adapter: str
     mflop_per_block_token: int
+    policy: str = ""
+    """Digest of the session's policy in hexadecimal; empty for none."""
 
 
 class VoucherChannel:
@@ -170,5 +173,6 @@ class VoucherChannel:
             or voucher.model != terms.model
             or (voucher.first_block, voucher.end_block) != (terms.first_block, terms.end_block)
             or voucher.adapter != terms.adapter
+            or voucher.policy != terms.policy
         ):
             raise ProtocolError(ErrorCode.FOREIGN_OBJECT)

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm.ledger import feed
+from swarm.ledger import feed, kept_policies
 from swarm.ledger.channel import Signed
 from swarm.ledger.commits import Commits, CommitThread, read_only
 from swarm.protocol import strict_json
@@ -24,6 +24,7 @@ from swarm.protocol.ledger_objects import Allowance, Receipt, Voucher
 
 SCHEMA = (
     feed.SCHEMA
+    + kept_policies.SCHEMA
     + """
 CREATE TABLE IF NOT EXISTS allowance (
     serial TEXT PRIMARY KEY,
@@ -71,6 +72,8 @@ class ChannelEntry:
     unix_s: int
     closed: bool
     settled_units: int
+    policy: str
+    """Digest of the policy that was kept; empty for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +98,11 @@ class LedgerStore:
         """Raises ConfigError."""
         return cls(CommitThread(path, SCHEMA))
 
-    async def begin(self, allowance: Signed, serial: str, payer: str) -> None:
-        """Note an allowance before its first voucher counts."""
+    async def begin(self, allowance: Signed, serial: str, payer: str, policy: bytes = b"") -> None:
+        """Note an allowance, and the policy of a session, before its first voucher counts."""
 
         def write(database: sqlite3.Connection) -> None:
+            kept_policies.remember(database, policy)
             added = database.execute(
                 "INSERT OR IGNORE INTO allowance VALUES (?, ?, ?, ?, ?)",
                 (serial, allowance.payload, allowance.signature, allowance.public_key, payer),
@@ -245,6 +249,7 @@ class LedgerReader:
                 unix_s=row[8],
                 closed=bool(row[9]),
                 settled_units=row[10],
+                policy=receipt.policy,
             )
 
     def allowances(self) -> Iterator[tuple[Signed, str]]:
@@ -252,6 +257,10 @@ class LedgerReader:
         rows = self._database.execute("SELECT payload, signature, issuer, payer FROM allowance")
         for payload, signature, issuer, payer in rows:
             yield Signed(payload, signature, issuer), payer
+
+    def policies(self) -> dict[str, str]:
+        """Digests of policies to their texts. Raises BrokenFeed for one that was changed."""
+        return kept_policies.known(self._database)
 
     def events(self) -> Iterator[feed.Event]:
         return feed.read(self._database)
@@ -275,10 +284,13 @@ class LedgerReader:
         """Check the feed's chain and every signature. Raises BrokenFeed or ProtocolError."""
         for allowance, _ in self.allowances():
             allowance.verify(Allowance)
+        policies = self.policies()
         for entry in self.channels():
             entry.voucher.verify(Voucher)
             entry.receipt.verify(Receipt)
             self._require_agreement(entry)
+            if entry.policy and entry.policy not in policies:
+                raise feed.BrokenFeed(f"the policy of session {entry.session} is missing")
         return feed.verify(self._database)
 
     @staticmethod
@@ -286,9 +298,9 @@ class LedgerReader:
         voucher = strict_json.parse(Voucher, entry.voucher.payload)
         receipt = strict_json.parse(Receipt, entry.receipt.payload)
         same = (
-            (voucher.serial, voucher.session, voucher.sequence, voucher.work)
-            == (receipt.serial, receipt.session, receipt.sequence, receipt.work)
-            == (entry.serial, entry.session, entry.sequence, voucher.work)
+            (voucher.serial, voucher.session, voucher.sequence, voucher.work, voucher.policy)
+            == (receipt.serial, receipt.session, receipt.sequence, receipt.work, receipt.policy)
+            == (entry.serial, entry.session, entry.sequence, voucher.work, voucher.policy)
         )
         if not same:
             raise feed.BrokenFeed(f"voucher and receipt of session {entry.session} differ")

@@ -4,9 +4,12 @@ Text, one item a line, in an order of ours; the last line has the SHA-256 of all
 
     sovereign-swarm ledger proof v1
     {"subject":"12D3KooW..."}
-    {"allowance":{...},"voucher":{...},"receipt":{...}}
+    {"allowance":{...},"voucher":{...},"receipt":{...},"policy":"{\\"countries\\":[\\"KE\\"]}"}
     {"leaf":"...","proof":"c2sp.org/tlog-proof@v1\\n..."}
     sha256 9f86d0...
+
+``policy`` is the text of what the voucher names by its digest, where there is one and it is known.
+The subject of a user's file is ``received``: what nodes did for the holder of the allowances' keys.
 
 ``scripts/verify_proof.py`` checks such a file offline and uses nothing of this project.
 """
@@ -18,12 +21,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 
-from swarm.ledger.node_books import ChannelEntry, LedgerReader
+from swarm.ledger.node_books import LedgerReader
 from swarm.ledger.notes import LogProof
 from swarm.protocol import strict_json
 from swarm.protocol.ledger_objects import Allowance, Receipt, Voucher
 
 HEADER = "sovereign-swarm ledger proof v1"
+RECEIVED = "received"
+"""Subject of a file about what a user received."""
 
 
 def voucher_items(reader: LedgerReader) -> Iterable[str]:
@@ -32,14 +37,20 @@ def voucher_items(reader: LedgerReader) -> Iterable[str]:
     for signed, _ in reader.allowances():
         serial = strict_json.parse(Allowance, signed.payload).serial
         allowances[serial] = signed.envelope(Allowance).to_json()
+    policies = reader.policies()
     for entry in reader.channels():
-        yield _voucher_item(allowances[entry.serial], entry)
+        yield voucher_item(
+            allowances[entry.serial],
+            entry.voucher.envelope(Voucher).to_json(),
+            entry.receipt.envelope(Receipt).to_json(),
+            policies.get(entry.policy, ""),
+        )
 
 
-def _voucher_item(allowance: str, entry: ChannelEntry) -> str:
-    voucher = entry.voucher.envelope(Voucher).to_json()
-    receipt = entry.receipt.envelope(Receipt).to_json()
-    return f'{{"allowance":{allowance},"voucher":{voucher},"receipt":{receipt}}}'
+def voucher_item(allowance: str, voucher: str, receipt: str, policy: str) -> str:
+    """An item of envelopes; ``policy`` is the text of the one that was kept, where it is known."""
+    named = f',"policy":{json.dumps(policy)}' if policy else ""
+    return f'{{"allowance":{allowance},"voucher":{voucher},"receipt":{receipt}{named}}}'
 
 
 def leaf_item(leaf: bytes, proof: LogProof) -> str:

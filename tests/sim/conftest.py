@@ -40,6 +40,7 @@ from swarm.node.service import NodeService, ServiceLimits
 from swarm.protocol.adapter_index import AdapterIndex, ModuleSpec, TensorSpec
 from swarm.protocol.errors import ErrorCode, NoRouteError, ProtocolError
 from swarm.protocol.identity import Identity, PeerId
+from swarm.protocol.policy import Policy
 from swarm.protocol.tensors import DType, WireTensor
 from swarm.routing import ChainPlan
 from swarm.routing import Hop as PlannedHop
@@ -433,12 +434,21 @@ class ToySwarm:
         planner: ToyPlanner | None = None,
         journal_budget: JournalBudget | None = None,
         adapter: AdapterSource | None = None,
+        policy: Policy | None = None,
     ) -> AsyncIterator[Chain]:
         """A chain that prefers these nodes, in this order; all by default."""
         chain = Chain(
             self.client,
             planner or ToyPlanner(self, indices),
-            SessionRequest(REVISION, HIDDEN, rows, maximum_tokens, DType.FLOAT32, adapter=adapter),
+            SessionRequest(
+                REVISION,
+                HIDDEN,
+                rows,
+                maximum_tokens,
+                DType.FLOAT32,
+                adapter=adapter,
+                policy=policy,
+            ),
             self.number_of_blocks,
             journal_budget=journal_budget,
             clock=self.clock,

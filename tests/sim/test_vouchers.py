@@ -251,6 +251,7 @@ STRANGER = Identity.generate()
         (ErrorCode.FOREIGN_OBJECT, {"model": "00" * 32}),
         (ErrorCode.FOREIGN_OBJECT, {"end_block": 5}),
         (ErrorCode.FOREIGN_OBJECT, {"adapter": "00" * 32}),
+        (ErrorCode.FOREIGN_OBJECT, {"policy": "00" * 32}),
         (ErrorCode.ROLLED_BACK, {"sequence": 4}),
         (ErrorCode.ROLLED_BACK, {"sequence": 6, "decode_tokens": 19}),
         (ErrorCode.EQUIVOCATION, {"decode_tokens": 21}),

@@ -46,6 +46,7 @@ LIES: tuple[dict[str, Any], ...] = (
     {"first_block": 1},
     {"end_block": 9},
     {"adapter": "00" * 32},
+    {"policy": "00" * 32},
 )
 
 

@@ -83,6 +83,12 @@ def test_forms() -> None:
         b'{"end_blocks":true}',
         b'{"avoid":["' + b"x" * 3000 + b'"]}',
         b"[" * 2000,
+        b"{}",
+        b'{"countries": ["KE"]}',
+        b'{"countries":["TZ","KE"]}',
+        b'{"avoid":[],"countries":["KE"]}',
+        b'{"countries":["UG"],"countries":["KE"]}',
+        '{"countries":["KE"]}'.encode("utf-16"),
     ],
 )
 def test_what_is_no_policy(content: bytes) -> None:

@@ -41,7 +41,11 @@ SMALL_ORDER_KEYS = [
 ]
 
 
-@pytest.mark.parametrize("vector", GOLDEN["objects"], ids=lambda vector: vector["class"])
+@pytest.mark.parametrize(
+    "vector",
+    GOLDEN["objects"] + GOLDEN["under_a_policy"],
+    ids=lambda vector: vector["class"],
+)
 def test_golden(vector: dict[str, Any]) -> None:
     value = KINDS[vector["class"]](**vector["fields"])
     keys = [Ed25519PrivateKey.from_private_bytes(bytes.fromhex(key)) for key in vector["keys"]]
@@ -122,6 +126,9 @@ PAYLOAD = sign(VOUCHER, KEY).payload.decode()
         PAYLOAD.replace('"sequence":3', '"sequence":{"a":3}'),
         PAYLOAD.replace('"sequence":3,', ""),
         PAYLOAD.replace('"sequence":3', '"sequence":3,"more":1'),
+        PAYLOAD.replace('"sequence":3', '"sequence":3,"policy":""'),
+        PAYLOAD.replace('"sequence":3', '"sequence":3,"policy":"ab"'),
+        PAYLOAD.replace('"sequence":3', '"policy":"' + "ab" * 32 + '"'),
         PAYLOAD.replace('"end_block":20', '"end_block":1025'),
         PAYLOAD.replace("abab", "ABAB", 1),
         PAYLOAD.replace("abab", "aba", 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import hashlib
+import json
 import subprocess
 import sys
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from swarm.ledger.proof_file import leaf_item, proof_file, voucher_items
 from swarm.protocol import merkle
 from swarm.protocol.identity import Identity
 from swarm.protocol.ledger_objects import Receipt, Voucher, sign
+from swarm.protocol.policy import Policy
 
 NODE = Identity(Ed25519PrivateKey.from_private_bytes(bytes([9]) * 32))
 FILE = Path(verify_proof.__file__)
@@ -39,6 +41,9 @@ def verifier_key(key: Ed25519PrivateKey, name: str, kind: KeyType) -> VerifierKe
 
 LOG_KEY = parse_key(str(verifier_key(LOG, "ledger.example", KeyType.NOTE)))
 WITNESS_KEY = parse_key(str(verifier_key(WITNESS, "witness.example", KeyType.COSIGNATURE)))
+
+
+KENYA = Policy(countries=("KE",))
 
 
 def voucher_of(grant: Grant, session: int, **changes: Any) -> Voucher:
@@ -57,34 +62,42 @@ def voucher_of(grant: Grant, session: int, **changes: Any) -> Voucher:
         "moved_bytes": 0,
         "transcript": "",
         "unix_s": 1_800_000_000,
+        "policy": KENYA.digest.hex(),
     }
     return Voucher(**fields | changes)
 
 
-def proof_by_vouchers(sessions: int) -> str:
+def proof_by_vouchers(
+    sessions: int, policy: Policy = KENYA, in_receipts: dict[str, str] | None = None
+) -> str:
     commits = DirectCommits(SCHEMA)
     store = LedgerStore(commits)
     grant = issue_for_ourselves(1_800_000_000)
 
     async def fill() -> None:
-        await store.begin(grant.signed, grant.allowance.serial, "payer")
+        await store.begin(grant.signed, grant.allowance.serial, "payer", policy.to_bytes())
         for session in range(sessions):
-            voucher = voucher_of(grant, session)
+            voucher = voucher_of(grant, session, policy=policy.digest.hex())
             common = {
                 name: getattr(voucher, name)
                 for name in asdict(voucher)
                 if name not in ("transcript", "unix_s")
             }
-            receipt = Receipt(
-                **common, steps=21, transcript="cd" * 32, dtype_class="float32", unix_s=1
-            )
+            answered: dict[str, Any] = {
+                "steps": 21,
+                "transcript": "cd" * 32,
+                "dtype_class": "float32",
+                "unix_s": 1,
+            }
+            receipt = Receipt(**common | answered | (in_receipts or {}))
             await store.keep(
                 Signed.of(sign(voucher, grant.key)), Signed.of(sign(receipt, NODE.private_key)), 5
             )
 
     asyncio.run(fill())
     reader = LedgerReader(commits.database)
-    reader.verify()
+    if not in_receipts:
+        reader.verify()
     return proof_file(NODE.peer_id, voucher_items(reader))
 
 
@@ -126,6 +139,43 @@ def test_vouchers_are_added_up() -> None:
     assert list(proven["issuers"].values()) == [3]
 
 
+def resealed(body: str) -> bytes:
+    return f"{body}sha256 {hashlib.sha256(body.encode()).hexdigest()}\n".encode()
+
+
+def test_policies_are_shown() -> None:
+    shown = {'{"countries":["KE"]}': 2}
+    assert check_file(proof_by_vouchers(2).encode())["policies"] == shown
+    assert check_file(proof_by_vouchers(2, Policy()).encode())["policies"] == {"none": 2}
+
+
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        (KENYA, '{"countries":["TZ"]}'),
+        (KENYA, '{"countries": ["KE"]}'),
+        (KENYA, "{}"),
+        (KENYA, ""),
+        (KENYA, "\ud800"),
+        (KENYA, 1),
+        (KENYA, ["KE"]),
+        (Policy(), '{"countries":["KE"]}'),
+        (Policy(), ""),
+    ],
+)
+def test_another_policy_than_the_voucher_names_is_refused(policy: Policy, text: object) -> None:
+    header, subject, item, _, _ = proof_by_vouchers(1, policy).split("\n")
+    changed = json.loads(item) | {"policy": text}
+    with pytest.raises(Refused):
+        check_file(resealed("\n".join([header, subject, json.dumps(changed)]) + "\n"))
+
+
+def test_a_node_that_answers_for_another_policy_proves_nothing() -> None:
+    for named in (Policy(countries=("TZ",)).digest.hex(), ""):
+        with pytest.raises(Refused, match="differ in policy"):
+            check_file(proof_by_vouchers(1, in_receipts={"policy": named}).encode())
+
+
 def test_leaves_are_added_up() -> None:
     proven = check_file(proof_by_log().encode(), LOG_KEY, [WITNESS_KEY], 1)
     assert proven["leaves"] == 2
@@ -159,14 +209,11 @@ def test_a_forger_who_seals_again_is_refused_by_signatures(kind: str) -> None:
     for position in range(0, len(item), 3):
         replacement = "A" if item[position] != "A" else "B"
         body = "\n".join([header, subject, item[:position] + replacement + item[position + 1 :]])
-        body += "\n"
-        sealed = f"{body}sha256 {hashlib.sha256(body.encode()).hexdigest()}\n"
         with pytest.raises(Refused):
-            check_file(sealed.encode(), LOG_KEY, [WITNESS_KEY], 1)
+            check_file(resealed(body + "\n"), LOG_KEY, [WITNESS_KEY], 1)
     doubled = "\n".join([header, subject, item, item]) + "\n"
-    sealed = f"{doubled}sha256 {hashlib.sha256(doubled.encode()).hexdigest()}\n"
     with pytest.raises(Refused, match="twice"):
-        check_file(sealed.encode(), LOG_KEY, [WITNESS_KEY], 1)
+        check_file(resealed(doubled), LOG_KEY, [WITNESS_KEY], 1)
 
 
 def test_it_is_one_small_file_that_needs_cryptography_only() -> None:
