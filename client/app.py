@@ -357,13 +357,15 @@ class SwarmClient:
         timeouts: TrainingTimeouts | None = None,
     ) -> TrainingChain:
         """Choose hops and open a training session on them; raises as ``open_chain`` does."""
-        if self._policy is not None:
-            self._check_policy(self._policy)
+        if request.policy is None and self._policy is not None:
+            request = replace(request, policy=self._policy)
+        if request.policy is not None:
+            self._check_policy(request.policy)
         needs = Needs(
             request.model_revision,
             request.number_of_blocks,
             dtype=dtype,
-            policy=self._policy,
+            policy=request.policy,
             passport_of=self._passport_of,
         )
         chain = TrainingChain(
@@ -372,7 +374,6 @@ class SwarmClient:
             request,
             clock=self._clock,
             timeouts=timeouts,
-            only_for=None if self._policy is None else self._policy.check,
         )
         self._own(chain.run())
         try:

@@ -161,7 +161,7 @@ class NodeService:
         self.journals = JournalBudget(self._limits.journal_bytes)
         self._adapter_intake = AdapterIntake(adapter_catalogue)
         self._training = TrainingService(
-            Streams(self._receive, self._dial, self._refused),
+            Streams(self._receive, self._dial, self._require_policy, self._refused),
             clock=clock,
             limits=TrainingLimits(
                 errors_per_stream=self._limits.errors_per_stream,
@@ -638,7 +638,7 @@ class NodeService:
         connection.maximum_payload_bytes = MAX_PAYLOAD_BYTES
         await hop.take_over(connection)
 
-    def _require_policy(self, hop: Hop, connection: Connection) -> None:
+    def _require_policy(self, hop: StreamOwner, connection: Connection) -> None:
         check = self._check_for(hop, connection.peer)
         if check is not None:
             check(connection.peer, connection.passport)
@@ -646,6 +646,7 @@ class NodeService:
     # --- training
     async def _serve_training(self, connection: Connection, request: OpenTraining) -> None:
         engine = self._engine
+        policy = self._accepted_policy(request.policy)
         if request.model_revision != self._model_revision:
             raise ProtocolError(ErrorCode.UNKNOWN_MODEL)
         if not self._hosts(request.first_block, request.end_block):
@@ -654,7 +655,7 @@ class NodeService:
             raise ProtocolError(ErrorCode.DRAINING)
         if not isinstance(engine, TrainingEngine):
             raise ProtocolError(ErrorCode.TRAINING_NOT_OFFERED)
-        await self._training.serve_client(connection, request, engine, engine.hidden_size)
+        await self._training.serve_client(connection, request, engine, engine.hidden_size, policy)
 
     # --- the stream of a client that looks at what was done
     async def _serve_auditor(self, connection: Connection, message: ReadTranscript) -> None:

@@ -65,13 +65,13 @@ class TrainingHop:
         request: TrainingRequest,
         hidden_size: int,
         previous_peer: PeerId,
+        policy: Policy | None,
         control: Connection,
         session: TrainingSession,
         clock: Clock,
         idle_s: float,
     ) -> None:
-        self.policy: Policy | None = None
-        """The client has checked every hop's passport itself."""
+        self.policy = policy
         self.session_id = secrets.token_bytes(SESSION_ID_BYTES)
         self._request = request
         self._hidden_size = hidden_size

@@ -42,6 +42,7 @@ from swarm.protocol.messages import (
     StatePart,
     TrainingOpened,
 )
+from swarm.protocol.policy import Policy
 from swarm.protocol.tensors import DType
 
 MAXIMUM_TRAINED_TOKENS = 1 << 16
@@ -56,6 +57,8 @@ class Streams:
     """The next message that is no ping. Raises NetworkError when the peer is gone."""
     dial: Callable[[TrainingHop, PeerId, Attach], Awaitable[Connection]]
     """A stream to a host of the same model, its first message sent. Raises SwarmErrors."""
+    require_policy: Callable[[TrainingHop, Connection], None]
+    """Raises ProtocolError for a peer that the session's policy keeps out."""
     refused: Callable[[PeerId, ProtocolError], None]
     """Logs and counts."""
 
@@ -111,8 +114,9 @@ class TrainingService:
         message: OpenTraining,
         engine: TrainingEngine,
         hidden_size: int,
+        policy: Policy | None,
     ) -> None:
-        """One session from its opening to its end; the revision has been checked."""
+        """One session from its opening to its end; revision and policy have been checked."""
         request = training_request(message)
         async with self._counted(connection.peer):
             session = await engine.open_training(request)
@@ -120,6 +124,7 @@ class TrainingService:
                 request=request,
                 hidden_size=hidden_size,
                 previous_peer=PeerId(message.previous_peer),
+                policy=policy,
                 control=connection,
                 session=session,
                 clock=self._clock,
@@ -218,6 +223,7 @@ class TrainingService:
     async def serve_previous_hop(self, connection: Connection, attach: Attach) -> None:
         """Activations of a session that is here, until the stream ends."""
         hop = self._hops[attach.session_id]
+        self._streams.require_policy(hop, connection)
         hop.attached(connection)
         connection.maximum_payload_bytes = MAX_PAYLOAD_BYTES
         try:

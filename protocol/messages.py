@@ -618,6 +618,8 @@ class OpenTraining(Message):
     beta2: float = wire(16, Real(0.0, 1.0), 0.999)
     epsilon: float = wire(17, Real(0.0, 1.0), 1e-8)
     weight_decay: float = wire(18, Real(0.0, 1e3), 0.0)
+    policy: bytes = wire(40, Bytes(0, MAX_POLICY_BYTES), b"")
+    """As of a session that answers (OpenSession)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ from swarm.client.link import HopFailed
 from swarm.client.planner import Planner
 from swarm.compute.lora import AdapterShape, Method
 from swarm.compute.training_terms import TrainingTerms
-from swarm.connection import PassportCheck
 from swarm.ports import Clock, Transport
 from swarm.protocol.errors import (
     ErrorCode,
@@ -49,6 +48,7 @@ from swarm.protocol.messages import (
     SetRoute,
     StateRestored,
 )
+from swarm.protocol.policy import Policy
 from swarm.protocol.tensors import DType, WireTensor
 from swarm.routing import ChainPlan
 from swarm.routing import Hop as PlannedHop
@@ -86,6 +86,8 @@ class TrainingChainRequest:
     terms: TrainingTerms
     maximum_state_elements_per_block: int
     """More elements in a block's state are refused."""
+    policy: Policy | None = None
+    """Which peers may see anything of the training; None: all. Every hop checks it as well."""
 
 
 class TrainingChain:
@@ -99,15 +101,12 @@ class TrainingChain:
         *,
         clock: Clock,
         timeouts: TrainingTimeouts | None = None,
-        only_for: PassportCheck | None = None,
     ) -> None:
-        """Every hop's passport must pass ``only_for``."""
         self._transport = transport
         self._planner = planner
         self._request = request
         self._clock = clock
         self._timeouts = timeouts or TrainingTimeouts()
-        self._only_for = only_for
         self._excluded: list[PeerId] = []
         self._links: list[TrainingLink] = []
         self._plan = ChainPlan((), 0.0)
@@ -247,7 +246,7 @@ class TrainingChain:
             ),
             clock=self._clock,
             timeout_s=self._timeouts.open_s,
-            only_for=self._only_for,
+            only_for=None if self._request.policy is None else self._request.policy.check,
         )
 
     async def _join(self) -> None:
@@ -514,4 +513,5 @@ def _open_message(request: TrainingChainRequest, hop: PlannedHop, previous: Peer
         beta2=float(terms.optimizer.beta2),
         epsilon=float(terms.optimizer.epsilon),
         weight_decay=float(terms.optimizer.weight_decay),
+        policy=b"" if request.policy is None else request.policy.to_bytes(),
     )

@@ -131,7 +131,10 @@ class Trainer:
         return tuple(self._losses)
 
     def stop(self) -> None:
-        """End after the present step, with a snapshot. May be called from any thread."""
+        """End after the present step with a snapshot, or after the latest one when the chain breaks.
+
+        May be called from any thread.
+        """
         self._stopping = True
 
     async def run(
@@ -175,6 +178,8 @@ class Trainer:
                     snapshot = latest
                     self._go_back(snapshot)
                 self._observer.went_back(self._step, error)
+                if self._stopping:
+                    return False
                 await patience.wait_or_raise(error)
                 continue
             if done is not None:

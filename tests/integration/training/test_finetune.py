@@ -24,7 +24,7 @@ from swarm.client.finetune.objectives import (
 from swarm.client.finetune.settings import FinetuneSettings, learning_rate
 from swarm.client.finetune.snapshots import Snapshots
 from swarm.client.finetune.trainer import StepReport, Trainer, TrainingObserver
-from swarm.protocol.errors import SwarmError
+from swarm.protocol.errors import NoRouteError, SwarmError
 from swarm.protocol.identity import Identity
 from tests.federated_round import run_round
 from tests.training_swarm import (
@@ -317,6 +317,29 @@ async def test_a_node_that_drains_costs_no_step(tiny: tuple[Path, Any], tmp_path
     assert observer.went_back_to == []
     assert observer.steps == list(range(1, 9))  # none twice
     assert len(observer.chains) == 2
+
+
+async def test_ctrl_c_while_nodes_are_missing(tiny: tuple[Path, Any], tmp_path: Path) -> None:
+    """It ends with the latest snapshot instead of waiting for nodes that do not come."""
+    folder, _ = tiny
+    settings = make_settings(steps=8, snapshot_every=2)
+    async with training_swarm(folder, SPANS) as swarm:
+
+        class Impatient(Watching):
+            def went_back(self, step: int, reason: SwarmError) -> None:
+                super().went_back(step, reason)
+                if len(self.reasons) == 2:
+                    trainer.stop()
+
+        observer = Impatient()
+        trainer = make_trainer(swarm, folder, settings, tmp_path, observer)
+        observer.after[5] = lambda: swarm.kill(swarm.nodes[1])
+        assert not await trainer.run()
+        assert trainer.step == 4
+        assert isinstance(observer.reasons[-1], NoRouteError)
+        await swarm.add_node(*SPANS[1])
+        again = make_trainer(swarm, folder, settings, tmp_path)
+        assert await again.run(resume=True)
 
 
 async def test_federated_round_with_a_drop_out(tiny: tuple[Path, Any], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from swarm.client.app import PolicyClient, SwarmClient
 from swarm.client.hops import SessionRequest
 from swarm.connection import Connection
 from swarm.memory_network import MemoryPeer
+from swarm.node.engine.training_api import TrainingRequest
 from swarm.node.service import NodeService
 from swarm.ports import Stream
 from swarm.protocol.errors import (
@@ -25,7 +26,15 @@ from swarm.protocol.errors import (
     SwarmError,
 )
 from swarm.protocol.identity import Identity, PeerId
-from swarm.protocol.messages import OpenSession, SessionOpened, SetRoute
+from swarm.protocol.messages import (
+    Attach,
+    Attached,
+    OpenSession,
+    OpenTraining,
+    SessionOpened,
+    SetRoute,
+    TrainingOpened,
+)
 from swarm.protocol.passport import Tier
 from swarm.protocol.policy import Policy
 from swarm.protocol.records import (
@@ -302,6 +311,63 @@ def test_nodes_check_too(make_nation: Callable[..., Nation]) -> None:
             assert caught.value.code is ErrorCode.OUTSIDE_POLICY
         # It was dialled for its passport, and nothing of the session was sent.
         assert outside.streams == reached + 1
+
+    virtual_time.run(scenario())
+
+
+class IdleTraining:
+    """A training session of an engine that computes nothing."""
+
+    reserved_bytes = 0
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+def test_nodes_check_trainings_too(make_nation: Callable[..., Nation]) -> None:
+    """A node outside of a training's policy refuses it; one inside neither sends to nor takes from
+    a peer that is outside, even if the client itself names it."""
+
+    async def scenario() -> None:
+        nation = make_nation()
+
+        def engine(first: int, end: int, toy: Any = nation.engine_type) -> Any:
+            trains = toy(first, end)
+
+            async def open_training(request: TrainingRequest) -> IdleTraining:
+                return IdleTraining()
+
+            trains.open_training = open_training
+            return trains
+
+        nation.engine_type = engine
+        inside = await nation.add((0, 6), "KE")
+        outside = await nation.add((6, BLOCKS), "TZ")
+        _, client = nation.town.member()
+        _, stranger = nation.town.member(country="TZ")
+
+        def opening(first: int, end: int, previous: PeerId = client.peer_id) -> OpenTraining:
+            policy = ONLY_KENYA.to_bytes()
+            return OpenTraining(REVISION, first, end, 1, previous, 64, 1, 0, 1, policy=policy)
+
+        async def refusal(connection: Connection) -> ErrorCode:
+            with pytest.raises(RemoteError) as caught:
+                await connection.receive_only(Attached)
+            return caught.value.code
+
+        async with Connection(await client.open(outside.peer_id, STREAM_PROTOCOL)) as refused:
+            await refused.say_hello(opening(6, BLOCKS))
+            assert await refusal(refused) is ErrorCode.OUTSIDE_POLICY
+        async with Connection(await client.open(inside.peer_id, STREAM_PROTOCOL)) as control:
+            await control.say_hello(opening(0, 6, stranger.peer_id))
+            opened = await control.receive_only(TrainingOpened)
+            async with Connection(await stranger.open(inside.peer_id, STREAM_PROTOCOL)) as other:
+                await other.say_hello(Attach(opened.session_id, 1))
+                assert await refusal(other) is ErrorCode.OUTSIDE_POLICY
+            reached = outside.streams
+            await control.send(SetRoute(1, outside.peer_id, bytes(16)))
+            assert await refusal(control) is ErrorCode.OUTSIDE_POLICY
+        assert outside.streams == reached + 1  # for its passport, as above
 
     virtual_time.run(scenario())
 
