@@ -131,7 +131,7 @@ class Trainer:
         return tuple(self._losses)
 
     def stop(self) -> None:
-        """End after the present step with a snapshot, or after the latest one when the chain breaks.
+        """End after the present step with a snapshot, or with the latest one when a chain breaks.
 
         May be called from any thread.
         """
