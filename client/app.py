@@ -217,6 +217,11 @@ class SwarmClient:
             log.warning("could not keep the peers in %s: %s", peers_file, error.strerror)
 
     @property
+    def transport(self) -> Transport:
+        """Streams to other peers."""
+        return self._network
+
+    @property
     def directory(self) -> Directory:
         """For programs that read it themselves."""
         return self._network

@@ -141,6 +141,7 @@ async def run_status_page(
             settings,
             client.directory,
             client.clock,
+            transport=client.transport,
             prober=CanaryProber(client, models) if models else None,
             ledger=ledger,
             around_look=UndisturbedLooks(),

@@ -14,21 +14,18 @@ further back on the ring look too when they read that somebody is accused.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import random
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from swarm.connection import Connection
 from swarm.nodes_view import NodesView
+from swarm.pings import ClockObserver, Pinger
 from swarm.ports import Clock, Directory, Transport
-from swarm.protocol.errors import NetworkError, ProtocolError, RemoteError
+from swarm.protocol.errors import NetworkError
 from swarm.protocol.identity import Identity, PeerId
-from swarm.protocol.messages import Ping, Pong
 from swarm.protocol.records import (
     MAX_LIFETIME_S,
     MAX_TOMBSTONES,
@@ -38,7 +35,6 @@ from swarm.protocol.records import (
     sign_record,
     tombstone_groups,
 )
-from swarm.protocol.version import STREAM_PROTOCOL
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +53,6 @@ class BuddySettings:
     """More than half of these and of those that are watched must answer."""
     enough_witnesses: int = 3
     """Nobody looks further at a node that has them."""
-
-
-class ClockObserver(Protocol):
-    """Told of other clocks; ``swarm.clock_offset`` listens."""
-
-    def observe(self, peer: PeerId, unix_s: float, round_trip_s: float) -> None: ...
 
 
 def choose_watched(own: PeerId, nodes: Iterable[PeerId], count: int, turn: int) -> list[PeerId]:
@@ -130,21 +120,24 @@ class Buddies:
         dice: random.Random | None = None,
     ) -> None:
         self._identity = identity
-        self._transport = transport
         self._directory = directory
         self._clock = clock
         self._view = view
         self._revision = model_revision
         self._settings = settings
-        self._clocks = clocks
         self._dice = dice or random.Random()  # noqa: S311
-        self._connections: dict[PeerId, Connection] = {}
+        self._pinger = Pinger(
+            transport,
+            clock,
+            self._addresses_of,
+            answer_timeout_s=settings.answer_timeout_s,
+            clocks=clocks,
+        )
         self._answered: set[PeerId] = set()
         self._testified: dict[PeerId, int] = {}
         self._published: dict[int, tuple[tuple[str, int], ...]] = {}
         self._last_expiry_unix_s = 0
         self._last_sequence = 0
-        self._nonce = 0
 
     @property
     def testified(self) -> Mapping[PeerId, int]:
@@ -161,9 +154,7 @@ class Buddies:
                 spent_s = self._clock.monotonic_s() - started_s
                 await self._clock.sleep(max(self._settings.period_s - spent_s, 0.1))
         finally:
-            connections, self._connections = self._connections, {}
-            for connection in connections.values():
-                await connection.close()
+            await self._pinger.close_all_but(())
 
     # --- one round -------------------------------------------------------------------------------
     async def _round(self) -> None:
@@ -176,28 +167,16 @@ class Buddies:
         self._answered &= {*serving, *accused}
         # Who has answered us before, or was lost by somebody who had been answered, may be dead.
         targets = [*watched, *(peer for peer in others if peer not in watched)]
-        silent = await self._silent_among(targets)
+        silent = await self._pinger.silent_among(targets)
+        self._answered.update(peer for peer in targets if peer not in silent)
         suspects = [peer for peer in silent if peer in self._answered or peer in others]
         new = [peer for peer in suspects if peer not in self._testified]
         heard = sum(peer not in silent for peer in watched)
         if new and not await self._well_connected(len(watched), heard, {*targets, *accused}):
             logger.info("%d buddies and most others do not answer: we are cut off", len(silent))
             new = []
-        await self._close_all_but(watched)
+        await self._pinger.close_all_but(watched)
         await self._testify(new, answering=set(targets) - set(silent))
-
-    async def _silent_among(self, peers: Sequence[PeerId], pings: int = 2) -> list[PeerId]:
-        async with asyncio.TaskGroup() as group:
-            asking = {peer: group.create_task(self._answers(peer, pings)) for peer in peers}
-        return [peer for peer, task in asking.items() if not task.result()]
-
-    async def _answers(self, peer: PeerId, pings: int) -> bool:
-        """A second ping goes over a new stream."""
-        for _ in range(pings):
-            if await self._ping(peer):
-                self._answered.add(peer)
-                return True
-        return False
 
     async def _well_connected(self, watched: int, heard: int, exclude: Collection[PeerId]) -> bool:
         """Whether most answer of those watched and of some others; we count for one as well."""
@@ -209,7 +188,9 @@ class Buddies:
             and record.peer_id != self._identity.peer_id
         ]
         count = min(self._settings.asked_before_testifying, len(others))
-        silent = await self._silent_among(self._dice.sample(others, count), pings=1)
+        asked = self._dice.sample(others, count)
+        silent = await self._pinger.silent_among(asked, pings=1)
+        self._answered.update(peer for peer in asked if peer not in silent)
         return 2 * (heard + count - len(silent) + 1) > watched + count + 1
 
     async def _testify(self, lost: Sequence[PeerId], answering: Collection[PeerId]) -> None:
@@ -232,51 +213,9 @@ class Buddies:
         except NetworkError as error:
             logger.info("could not testify: %s", error)
 
-    # --- pings -----------------------------------------------------------------------------------
-    async def _ping(self, peer: PeerId) -> bool:
-        """On the stream that is open, or a new one; whether an answer came in time."""
-        started_s = self._clock.monotonic_s()
-        connection = self._connections.get(peer)
-        self._nonce += 1
-        ping = Ping(nonce=self._nonce)
-        try:
-            async with asyncio.timeout(self._settings.answer_timeout_s):
-                if connection is None:
-                    connection = await self._connect(peer)
-                    started_s = self._clock.monotonic_s()
-                await connection.send(ping)
-                while (pong := await connection.receive_only(Pong)).nonce != ping.nonce:
-                    continue
-        except (TimeoutError, NetworkError, ProtocolError, RemoteError) as error:
-            logger.debug("%s does not answer: %s", peer, error)
-            await self._disconnect(peer)
-            return False
-        if pong.unix_ms and self._clocks is not None:
-            round_trip_s = self._clock.monotonic_s() - started_s
-            self._clocks.observe(peer, pong.unix_ms / 1000, round_trip_s)
-        return True
-
-    async def _connect(self, peer: PeerId) -> Connection:
+    def _addresses_of(self, peer: PeerId) -> Sequence[str]:
         record = self._view.record(peer)
-        addresses = record.addresses if record is not None else ()
-        stream = await self._transport.open(peer, STREAM_PROTOCOL, addresses)
-        connection = Connection(stream)
-        try:
-            await connection.say_hello()
-        except BaseException:
-            await connection.close()
-            raise
-        self._connections[peer] = connection
-        return connection
-
-    async def _disconnect(self, peer: PeerId) -> None:
-        connection = self._connections.pop(peer, None)
-        if connection is not None:
-            await connection.close()
-
-    async def _close_all_but(self, kept: Collection[PeerId]) -> None:
-        for peer in [peer for peer in self._connections if peer not in kept]:
-            await self._disconnect(peer)
+        return record.addresses if record is not None else ()
 
     # --- testimony -------------------------------------------------------------------------------
     async def _publish(self) -> None:

@@ -2,6 +2,7 @@
 
 Each model is followed by a ``NodesView``, which keeps what one short answer misses and believes
 tombstones, so that a node that was killed is gone after seconds and not when its record expires.
+Whom the page pings itself (``lookout``) it misses sooner.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from swarm.membership import (
     list_models,
 )
 from swarm.nodes_view import NodesView, ViewSettings
-from swarm.ports import Clock, Directory
+from swarm.ports import Clock, Directory, Transport
 from swarm.protocol.errors import NetworkError
 from swarm.protocol.identity import PeerId
-from swarm.protocol.records import MAX_SHARDS
+from swarm.protocol.records import MAX_SHARDS, NodeRecord
+from swarm.status.lookout import Lookout
 from swarm.status.snapshot import Crawl
 
 log = logging.getLogger(__name__)
@@ -44,16 +46,29 @@ LOST_POLLS = 30
 class Crawler:
     """Follows all models of a swarm; the owner runs :meth:`run`."""
 
-    def __init__(self, directory: Directory, clock: Clock, *, period_s: float) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        clock: Clock,
+        *,
+        period_s: float,
+        transport: Transport | None = None,
+    ) -> None:
+        """Without ``transport`` it only reads: deaths are known by witnesses and expiry."""
         self._directory = directory
         self._clock = clock
         self._period_s = period_s
         self._followed: dict[bytes, tuple[ModelSummary, NodesView, asyncio.Task[None]]] = {}
         self._heard_unix_s = 0.0
+        self._lookout: Lookout | None = None
+        if transport is not None:
+            self._lookout = Lookout(transport, clock, self._records, period_s=period_s)
 
     async def run(self, looked: Callable[[Crawl], Awaitable[None]]) -> None:
         """Call ``looked`` once per period, until cancelled. Network errors are logged only."""
         async with asyncio.TaskGroup() as group:
+            if self._lookout is not None:
+                group.create_task(self._lookout.run())
             while True:
                 started_s = self._clock.monotonic_s()
                 await self._follow(group)
@@ -72,7 +87,11 @@ class Crawler:
                 return
 
     def _lost(self) -> set[PeerId]:
-        return {peer for _, view, _ in self._followed.values() for peer in view.lost}
+        by_witnesses = {peer for _, view, _ in self._followed.values() for peer in view.lost}
+        return by_witnesses if self._lookout is None else by_witnesses.union(self._lookout.lost)
+
+    def _records(self) -> list[NodeRecord]:
+        return [record for _, view, _ in self._followed.values() for record in view.records()]
 
     async def _follow(self, group: asyncio.TaskGroup) -> None:
         """Read the list of models; begin with new ones, let go of those that nobody lists."""
@@ -130,12 +149,15 @@ class Crawler:
             maximum_nodes=MOST_NODES,
         )
 
+    def _misses(self, record: NodeRecord) -> bool:
+        return self._lookout is not None and self._lookout.misses(record)
+
     def _crawl(self) -> Crawl:
         now_unix_s = self._clock.unix_s()
         models = []
         shards = 1
         for summary, view, _ in self._followed.values():
-            records = tuple(view.records())
+            records = tuple(record for record in view.records() if not self._misses(record))
             shards = max(shards, view.shards)
             # Sequence numbers are milliseconds; one of the future is as new as now.
             newest_unix_s = max((record.sequence for record in records), default=0) / 1000

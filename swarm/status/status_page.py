@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 
 from aiohttp import web
 
-from swarm.ports import Clock, Directory
+from swarm.ports import Clock, Directory, Transport
 from swarm.protocol.errors import ConfigError, SwarmError
 from swarm.status.block_map import PEERS_VARIABLE
 from swarm.status.carbon import GridFactors
@@ -91,11 +91,13 @@ class StatusPage:
         directory: Directory,
         clock: Clock,
         *,
+        transport: Transport | None = None,
         prober: Prober | None = None,
         ledger: SettledWork | None = None,
         around_look: AbstractContextManager[None] | None = None,
     ) -> None:
-        """Opens the database. ``around_look`` is entered for each look. Raises ConfigError."""
+        """Opens the database. ``transport``: to ping nodes. ``around_look`` is entered for each
+        look. Raises ConfigError."""
         self.settings = settings
         self.live = LiveUpdates()
         self.metrics = StatusMetrics()
@@ -111,7 +113,7 @@ class StatusPage:
         self._clock = clock
         self._prober = prober
         self._ledger = ledger
-        self._crawler = Crawler(directory, clock, period_s=settings.period_s)
+        self._crawler = Crawler(directory, clock, period_s=settings.period_s, transport=transport)
         self._database = Database(settings.database)
         self._reading = Database(settings.database)
         self._observatory = Observatory(
