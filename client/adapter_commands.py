@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swarm.client.joining import (
+    AsJson,
     Config,
     Peers,
     connected,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from swarm.catalogue.store import StoredRevision
     from swarm.client.app import SwarmClient
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
 Mirrors = Annotated[
     list[str] | None,
     typer.Option("--mirror", metavar="PLACE", help="Folder or web address with adapters."),

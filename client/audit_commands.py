@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -11,7 +12,8 @@ from typing import Annotated
 import typer
 
 from swarm.client.config import LEDGER_FILE, LEDGER_FILE_VARIABLE
-from swarm.protocol.errors import SwarmError
+from swarm.client.joining import AsJson, outcome, own_files
+from swarm.command_results import print_result
 from swarm.threads import configure_threads_environment
 
 app = typer.Typer(no_args_is_help=True, help="Limits of audits, and what audits have found.")
@@ -30,12 +32,13 @@ def calibrate(
         Path | None,
         typer.Option("--output", help="Where to write; by default into the checkpoint."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure how far honest nodes are from float32, and write the limits beside the checkpoint.
 
     Takes minutes, and the memory of the model in float32 twice.
     """
-    try:
+    with outcome(as_json), own_files():
         texts = [path.read_text(encoding="utf-8", errors="replace") for path in text]
         configure_threads_environment()
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -51,14 +54,13 @@ def calibrate(
             progress=lambda line: print(line, file=sys.stderr),
         )
         target = output or folder / FILE_NAME
-        target.write_text(to_json(limits), encoding="ascii")
-        print(f"wrote {target}")
-    except OSError as error:
-        print(f"swarm: {error.filename}: {error.strerror}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    except SwarmError as error:
-        print(f"swarm: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        content = to_json(limits)
+        target.write_text(content, encoding="ascii")
+        print_result(
+            {"file": str(target), "limits": json.loads(content)},
+            f"wrote {target}",
+            as_json=as_json,
+        )
 
 
 @app.command(epilog="[bold]Example[/bold]\n\nswarm audit show")
@@ -66,22 +68,28 @@ def show(
     ledger: Annotated[
         Path | None, typer.Option("--ledger", metavar="FILE", help="Books of your client.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """What your client's audits found of each node."""
     from swarm.client.ledger_store import known_reputations
 
     path = ledger or Path(os.environ.get(LEDGER_FILE_VARIABLE) or LEDGER_FILE).expanduser()
-    try:
+    with outcome(as_json), own_files():
         reputations = known_reputations(path)
-    except SwarmError as error:
-        print(f"swarm: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
     now_s = time.time()
-    for peer in reputations.peers:
-        reputation = reputations.of(peer)
-        print(
-            f"{peer}  {reputation.audits} audits, {reputation.clean} right in a row:"
-            f" {reputation.standing(now_s).value}"
-        )
-    if not reputations.peers:
-        print("no audits yet")
+    rows = [(peer, reputations.of(peer)) for peer in reputations.peers]
+    nodes = [
+        {
+            "node": peer,
+            "audits": found.audits,
+            "right_in_a_row": found.clean,
+            "standing": found.standing(now_s).value,
+        }
+        for peer, found in rows
+    ]
+    lines = [
+        f"{peer}  {found.audits} audits, {found.clean} right in a row:"
+        f" {found.standing(now_s).value}"
+        for peer, found in rows
+    ]
+    print_result({"nodes": nodes}, *(lines or ["no audits yet"]), as_json=as_json)

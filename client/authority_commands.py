@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swarm.client.joining import Config, Peers, outcome, prepare_process, settings_from
+from swarm.client.joining import AsJson, Config, Peers, outcome, prepare_process, settings_from
 from swarm.client.output import note
 from swarm.protocol.errors import ConfigError, UsageError
 
@@ -29,7 +29,6 @@ Folder = Annotated[
     Path, typer.Option("--folder", metavar="DIR", help="Where the authority keeps key and books.")
 ]
 HERE = Path("authority")
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
 TierName = Annotated[
     str, typer.Option("--tier", help="anonymous, registered, certified or trusted.")
 ]

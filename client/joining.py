@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from swarm.client.config import (
 from swarm.client.gateway.settings import TABLE as GATEWAY_TABLE
 from swarm.client.output import error_to_json, explain, note
 from swarm.protocol.errors import (
+    ConfigError,
     NoRouteError,
     RemoteError,
     SwarmError,
@@ -71,6 +73,7 @@ Config = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="TOML file with settings; flags win over it."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +174,18 @@ def outcome(as_json: bool) -> Iterator[None]:
         raise typer.Exit(exit_code(error)) from None
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+@contextmanager
+def own_files() -> Iterator[None]:
+    """Inside of ``outcome``, for commands that read and write files of this computer."""
+    try:
+        yield
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise ConfigError(named) from error
+    except sqlite3.Error as error:
+        raise ConfigError(f"the books cannot be read: {error}") from error
 
 
 def exit_code(error: SwarmError) -> int:

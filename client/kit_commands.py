@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from swarm.client.joining import Config, Peers, outcome, progress_line, settings_from
+from swarm.client.joining import AsJson, Config, Peers, outcome, progress_line, settings_from
 from swarm.client.model_commands import Mirrors, library, located
 from swarm.client.output import note
+from swarm.command_results import print_result
 
 kit = typer.Typer(
     no_args_is_help=True,
@@ -57,9 +58,10 @@ def make(
     peers: Peers = None,
     mirror: Mirrors = None,
     config: Config = None,
+    as_json: AsJson = False,
 ) -> None:
     """Pack software, models, charter and settings into a folder or a tar file."""
-    with outcome(False):
+    with outcome(as_json):
         from swarm.catalogue.holdings import Holding
         from swarm.client.kit import KitContents, make_kit, pack
         from swarm.client.publishing import held_directory
@@ -73,7 +75,9 @@ def make(
                 for name, is_adapter in wanted:
                     stored = background.run(located(opened, name, is_adapter))
                     parts = stored.manifest.parts
-                    background.run(opened.fetch(stored, parts, progress_line()))
+                    background.run(
+                        opened.fetch(stored, parts, None if as_json else progress_line())
+                    )
                     holdings.append(stored)
         joined_by = tuple(at or peers or ())
         if not joined_by and wanted:
@@ -93,5 +97,8 @@ def make(
                 pack(made, folder)
         else:
             make_kit(folder, contents)
-        names = ", ".join(item.manifest.name for item in holdings)
-        note(f"{folder} has {names}; there, run: sh join.sh")
+        names = [item.manifest.name for item in holdings]
+        if as_json:
+            print_result({"folder": str(folder), "names": names}, as_json=True)
+        else:
+            note(f"{folder} has {', '.join(names)}; there, run: sh join.sh")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import sqlite3
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swarm.client.config import LEDGER_FILE, LEDGER_FILE_VARIABLE
-from swarm.protocol.errors import SwarmError, UsageError
+from swarm.client.joining import AsJson, outcome, own_files
+from swarm.client.output import note
+from swarm.command_results import print_result
+from swarm.protocol.errors import UsageError
 
 if TYPE_CHECKING:
     from swarm.client.ledger_store import ClientLedgerReader
@@ -40,7 +40,6 @@ Account = Annotated[
     str | None,
     typer.Option("--account", help="At the operator: user:12D3KooW... or escrow:12D3KooW..."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command(epilog="[bold]Example[/bold]\n\nswarm ledger balance")
@@ -52,7 +51,7 @@ def balance(
     as_json: AsJson = False,
 ) -> None:
     """Units received and given, and what an operator's account holds."""
-    with _outcome():
+    with outcome(as_json), own_files():
         content: dict[str, Any] = {"received_units": 0, "given_units": 0}
         with _client_books(ledger) as books:
             if books is not None:
@@ -64,13 +63,13 @@ def balance(
             if account is None:
                 raise UsageError("name the account with --account")
             content["account"] = _at_operator(operator, account)["balance"]
-        if as_json:
-            print(json.dumps(content))
-            return
-        print(f"received {content['received_units']:,} units from others' nodes")
-        print(f"given    {content['given_units']:,} units by your own node")
+        lines = [
+            f"received {content['received_units']:,} units from others' nodes",
+            f"given    {content['given_units']:,} units by your own node",
+        ]
         if "account" in content:
-            print(f"account  {content['account']:,} units at {operator}")
+            lines.append(f"account  {content['account']:,} units at {operator}")
+        print_result(content, *lines, as_json=as_json)
 
 
 @app.command(epilog="[bold]Example[/bold]\n\nswarm ledger history --limit 50")
@@ -82,7 +81,7 @@ def history(
     as_json: AsJson = False,
 ) -> None:
     """The latest sessions, or the latest entries of an operator's account."""
-    with _outcome():
+    with outcome(as_json), own_files():
         entries: list[dict[str, Any]] = []
         if operator is not None:
             if account is None:
@@ -103,7 +102,7 @@ def history(
                         }
                     )
         if as_json:
-            print(json.dumps({"entries": entries}))
+            print_result({"entries": entries}, as_json=True)
             return
         for each in entries:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.pop("time")))
@@ -123,6 +122,7 @@ def prove(
         typer.Option("--received", help="What you received, and under which policies."),
     ] = False,
     ledger: Ledger = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a file that proves work to anybody: by vouchers, or by an operator's public log.
 
@@ -131,9 +131,10 @@ def prove(
     """
     from swarm.ledger.proof_file import RECEIVED, proof_file, voucher_items
 
-    with _outcome():
+    with outcome(as_json), own_files():
         if received and operator is not None:
             raise UsageError("what you received is in your own books, not in an operator's log")
+        kept: list[dict[str, Any]] = []
         if operator is not None:
             if account is None:
                 raise UsageError("name the account with --account")
@@ -144,7 +145,7 @@ def prove(
                 if books is None or not items:
                     raise UsageError("your client has no receipts yet; name its books by --ledger")
                 content = proof_file(RECEIVED, items)
-                _tell_policies(
+                kept = _kept_policies(
                     (entry.terms.policy for entry in books.received() if entry.receipt),
                     books.policies(),
                 )
@@ -156,28 +157,40 @@ def prove(
                 if entry is None:
                     raise UsageError("nobody has vouched for any work yet")
                 content = proof_file(_node_of(entry), voucher_items(node))
-                _tell_policies((entry.policy for entry in node.channels()), node.policies())
+                kept = _kept_policies((entry.policy for entry in node.channels()), node.policies())
         output.write_text(content, encoding="ascii")
-        print(f"wrote {output}; check it with scripts/verify_proof.py", file=sys.stderr)
+        if as_json:
+            print_result({"file": str(output), "policies": kept}, as_json=True)
+        else:
+            for each in kept:
+                note(f"{each['sessions']} sessions under {each['policy']}")
+            note(f"wrote {output}; check it with scripts/verify_proof.py")
 
 
 @app.command(epilog="[bold]Example[/bold]\n\nswarm ledger verify")
-def verify(ledger: Ledger = None, node_ledger: NodeLedger = None) -> None:
+def verify(ledger: Ledger = None, node_ledger: NodeLedger = None, as_json: AsJson = False) -> None:
     """Check signatures and chains of your own books. Exit code 1 if something does not hold."""
     from swarm.ledger.feed import BrokenFeed
     from swarm.protocol.errors import ProtocolError
 
-    with _outcome():
+    with outcome(as_json), own_files():
+        events: dict[str, int] = {}
         try:
             with _client_books(ledger) as books:
                 if books is not None:
-                    print(f"your client's books hold: {books.verify()[0]} events")
+                    events["client"] = books.verify()[0]
             with _node_books(node_ledger) as node:
                 if node is not None:
-                    print(f"your node's books hold: {node.verify()[0]} events")
+                    events["node"] = node.verify()[0]
         except (BrokenFeed, ProtocolError) as error:
-            print(f"swarm: the books do not hold: {error}", file=sys.stderr)
+            text = f"the books do not hold: {error}"
+            if as_json:
+                print_result({"error": text, "kind": type(error).__name__}, as_json=True)
+            else:
+                note(f"swarm: {text}")
             raise typer.Exit(1) from None
+        lines = (f"your {whose}'s books hold: {count} events" for whose, count in events.items())
+        print_result({"events": events}, *lines, as_json=as_json)
 
 
 # --- where things are ----------------------------------------------------------------------------
@@ -234,12 +247,14 @@ def _received_items(books: ClientLedgerReader) -> Iterator[str]:
         yield voucher_item(allowance, entry.voucher, entry.receipt, policy)
 
 
-def _tell_policies(kept: Iterator[str], texts: dict[str, str]) -> None:
-    """How many sessions kept which policy; for people."""
+def _kept_policies(kept: Iterator[str], texts: dict[str, str]) -> list[dict[str, Any]]:
+    """How many sessions kept which policy, in words."""
     from swarm.ledger.kept_policies import described
 
-    for digest, count in Counter(kept).most_common():
-        print(f"{count} sessions under {described(digest, texts)}", file=sys.stderr)
+    return [
+        {"sessions": count, "policy": described(digest, texts)}
+        for digest, count in Counter(kept).most_common()
+    ]
 
 
 def _at_operator(url: str, account: str) -> dict[str, Any]:
@@ -269,16 +284,3 @@ async def _leaf_items(url: str, account: str) -> list[str]:
             if not entries:
                 return items
             before = min(int(entry["index"]) for entry in entries)
-
-
-@contextmanager
-def _outcome() -> Iterator[None]:
-    """Our errors in one line."""
-    from swarm.client.output import explain
-
-    try:
-        yield
-    except (SwarmError, sqlite3.Error, OSError) as error:
-        text = explain(error) if isinstance(error, SwarmError) else str(error)
-        print(f"swarm: {text}", file=sys.stderr)
-        raise typer.Exit(2) from None

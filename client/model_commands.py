@@ -13,6 +13,7 @@ import typer
 
 from swarm.client.config import ClientSettings
 from swarm.client.joining import (
+    AsJson,
     Config,
     Peers,
     connected,
@@ -22,6 +23,7 @@ from swarm.client.joining import (
     settings_from,
 )
 from swarm.client.output import note
+from swarm.command_results import print_result
 from swarm.protocol.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from swarm.protocol.identity import Identity
     from swarm.protocol.manifest import Manifest
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
 Mirrors = Annotated[
     list[str] | None,
     typer.Option("--mirror", metavar="PLACE", help="Folder or web address with weights."),
@@ -201,18 +202,24 @@ def mirror(
     peers: Peers = None,
     config: Config = None,
     mirror: Mirrors = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write models or adapters into a mirror folder, for a USB stick or a web server."""
-    with outcome(False), library(peers, config, mirror) as (background, opened):
+    with outcome(as_json), library(peers, config, mirror) as (background, opened):
         from swarm.catalogue.mirror import write_mirror
 
         holdings = []
         for name in names:
             stored = background.run(located(opened, name, adapter))
-            background.run(opened.fetch(stored, stored.manifest.parts, progress_line()))
+            progress = None if as_json else progress_line()
+            background.run(opened.fetch(stored, stored.manifest.parts, progress))
             holdings.append(stored)
         write_mirror(folder, holdings)
-        note(f"{folder} has {', '.join(item.manifest.name for item in holdings)}")
+        copied = [item.manifest.name for item in holdings]
+        if as_json:
+            print_result({"folder": str(folder), "names": copied}, as_json=True)
+        else:
+            note(f"{folder} has {', '.join(copied)}")
 
 
 @models.command(

@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
-from swarm.client.operator_commands import outcome
+from swarm.client.joining import AsJson, outcome, own_files
+from swarm.client.operator_commands import say_where
 from swarm.client.output import note
+from swarm.command_results import print_result
 
 witness_app = typer.Typer(
     name="witness",
@@ -36,19 +38,24 @@ def init(
     listen: Annotated[
         str, typer.Option("--listen", metavar="HOST:PORT", help="Where to answer.")
     ] = "127.0.0.1:8441",
+    as_json: AsJson = False,
 ) -> None:
     """Make a key and settings, and print the public key that the operator needs."""
-    with outcome():
+    with outcome(as_json), own_files():
         from swarm.operator.witness import create_witness
 
-        print(create_witness(folder, name, log, listen).verifier)
-        note(f"give this key and your address to the operator; then: swarm witness run {folder}")
+        key = str(create_witness(folder, name, log, listen).verifier)
+        print_result({"key": key, "folder": str(folder)}, key, as_json=as_json)
+        if not as_json:
+            note(
+                f"give this key and your address to the operator; then: swarm witness run {folder}"
+            )
 
 
 @witness_app.command(epilog="[bold]Example[/bold]\n\nswarm witness run ./witness")
-def run(folder: Folder) -> None:
+def run(folder: Folder, as_json: AsJson = False) -> None:
     """Cosign until Ctrl-C."""
-    with outcome():
+    with outcome(as_json), own_files():
         import logging
 
         from swarm.operator.app import leave_on_signals
@@ -60,8 +67,6 @@ def run(folder: Folder) -> None:
         async def serve() -> None:
             leaving = asyncio.Event()
             with leave_on_signals(leaving):
-                await run_witness(
-                    settings, lambda url: print(f"listening on {url}", flush=True), leaving
-                )
+                await run_witness(settings, lambda url: say_where(url, as_json), leaving)
 
         asyncio.run(serve())

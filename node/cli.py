@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from swarm.command_results import print_result
 from swarm.node.config import (
     NodeSettings,
     SeedSettings,
@@ -384,7 +385,7 @@ def status(
 
     from swarm.node.view import print_status
 
-    with _Outcome(_view(False, True)), _running(identity, config) as node:
+    with _Outcome(_view(as_json, True)), _running(identity, config) as node:
         now = node.ask("status")
         if now is None:
             raise UsageError("the node has just ended")
@@ -405,13 +406,15 @@ def accept(
     ],
     identity: Identity = None,
     config: Config = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Keep what the authority of a swarm gave you; an invitation is exchanged for a passport."""
     from swarm.membership_files import accept_text
 
-    with _Outcome(_view(False, True)):
+    with _Outcome(_view(as_json, True)):
         own = load_own_files(config, os.environ, identity)
-        typer.echo(accept_text(text, own.membership_files, own.identity_file))
+        said = accept_text(text, own.membership_files, own.identity_file)
+        print_result({"accepted": said}, said, as_json=as_json)
 
 
 @app.command(
@@ -491,6 +494,11 @@ class _Outcome:
 def outcome(as_json: bool = False) -> _Outcome:
     """For commands of other modules, which print plain lines or JSON."""
     return _Outcome(_view(as_json, True))
+
+
+def report_error(message: str, as_json: bool) -> None:
+    """What went wrong, where our errors are not enough: the caller knows the exit code."""
+    _view(as_json, True).error(message)
 
 
 def exit_code(error: SwarmError) -> int:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swarm.protocol.errors import SwarmError
+from swarm.command_results import print_result
+from swarm.protocol.errors import ConfigError
 
 if TYPE_CHECKING:
     from swarm.ledger.node_books import LedgerReader
@@ -34,7 +35,7 @@ def show(identity: Identity = None, config: Config = None, as_json: AsJson = Fal
     """What this node did, for how many, and what of it is settled."""
     from swarm.protocol.prices import UNITS_PER_CREDIT
 
-    with _reading(identity, config) as reader:
+    with _reading(identity, config, as_json) as reader:
         totals, given = reader.totals(), reader.given_to()
         latest = list(reader.channels())[-10:]
     if as_json:
@@ -46,7 +47,7 @@ def show(identity: Identity = None, config: Config = None, as_json: AsJson = Fal
             "events": totals.feed_length,
             "payers": len(given),
         }
-        print(json.dumps(content))
+        print_result(content, as_json=True)
         return
     print(f"{totals.channels} sessions for {len(given)} payers: {totals.units:,} units of work")
     print(f"that is {totals.units / UNITS_PER_CREDIT:.6f} credits; a unit is one MFLOP-equivalent")
@@ -60,18 +61,23 @@ def show(identity: Identity = None, config: Config = None, as_json: AsJson = Fal
 
 
 @app.command(epilog="[bold]Example[/bold]\n\nswarm-node ledger verify")
-def verify(identity: Identity = None, config: Config = None) -> None:
+def verify(identity: Identity = None, config: Config = None, as_json: AsJson = False) -> None:
     """Check every signature and the chain of events. Exit code 1 if something does not hold."""
     from swarm.ledger.feed import BrokenFeed
+    from swarm.node.cli import report_error
     from swarm.protocol.errors import ProtocolError
 
-    with _reading(identity, config) as reader:
+    with _reading(identity, config, as_json) as reader:
         try:
             length, head = reader.verify()
         except (BrokenFeed, ProtocolError) as error:
-            typer.echo(f"swarm-node: the books do not hold: {error}", err=True)
+            report_error(f"the books do not hold: {error}", as_json)
             raise typer.Exit(1) from None
-    print(f"{length} events, all signatures hold; head {head.hex()}")
+    print_result(
+        {"events": length, "head": head.hex()},
+        f"{length} events, all signatures hold; head {head.hex()}",
+        as_json=as_json,
+    )
 
 
 @app.command(epilog="[bold]Example[/bold]\n\nswarm-node ledger export > books.jsonl")
@@ -93,17 +99,20 @@ def export(identity: Identity = None, config: Config = None) -> None:
 
 
 @contextmanager
-def _reading(identity: Path | None, config: Path | None) -> Iterator[LedgerReader]:
+def _reading(
+    identity: Path | None, config: Path | None, as_json: bool = False
+) -> Iterator[LedgerReader]:
     from swarm.ledger.node_books import LedgerReader
+    from swarm.node.cli import outcome
     from swarm.node.config import load_identity_file
 
-    try:
+    with outcome(as_json):
         path = load_identity_file(config, os.environ, identity).with_suffix(".ledger")
-        reader = LedgerReader.open(path)
         try:
-            yield reader
-        finally:
-            reader.close()
-    except (SwarmError, sqlite3.Error) as error:
-        typer.echo(f"swarm-node: {error}", err=True)
-        raise typer.Exit(2) from None
+            reader = LedgerReader.open(path)
+            try:
+                yield reader
+            finally:
+                reader.close()
+        except sqlite3.Error as error:
+            raise ConfigError(f"the books in {path} cannot be read: {error}") from error

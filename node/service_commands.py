@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from swarm.command_results import print_result
+
 app = typer.Typer(
     name="service",
     no_args_is_help=True,
@@ -35,6 +37,7 @@ def install(
     show: Annotated[
         bool, typer.Option("--print", help="Only print the unit; nothing is changed.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make the node a service: of the computer as root, otherwise of you.
 
@@ -45,34 +48,42 @@ def install(
     from swarm.node.config import NodeSettings, load_settings
     from swarm.node.systemd import Systemd, unit_text
 
-    with outcome():
+    with outcome(as_json):
         as_system = os.geteuid() == 0
         config = config.expanduser().absolute()
         # The service sees no environment of ours: the file alone has to be enough.
         settings = load_settings(NodeSettings, config, {}, {})
         text = unit_text(_program(), config, settings, as_system=as_system)
         if show:
-            typer.echo(text, nl=False)
+            print_result({"unit": text}, text.removesuffix("\n"), as_json=as_json)
             return
         systemd = Systemd(as_system=as_system)
         settings.data_dir.expanduser().mkdir(mode=0o700, parents=True, exist_ok=True)
         systemd.install(text, start=start)
-        typer.echo(f"installed {systemd.unit_file}")
-        typer.echo("see what it does by swarm-node service status, or swarm-node status --config")
+        lines = [
+            f"installed {systemd.unit_file}",
+            "see what it does by swarm-node service status, or swarm-node status --config",
+        ]
         if not as_system:
-            typer.echo("loginctl enable-linger lets it run while you are not logged in")
+            lines.append("loginctl enable-linger lets it run while you are not logged in")
+        fields = {"unit_file": str(systemd.unit_file), "started": start}
+        print_result(fields, *lines, as_json=as_json)
 
 
 @app.command(epilog="[bold]Example[/bold]\n\nswarm-node service remove")
-def remove() -> None:
+def remove(as_json: AsJson = False) -> None:
     """Stop the service, which hands its sessions over first, and take it away."""
     from swarm.node.cli import outcome
     from swarm.node.systemd import Systemd
 
-    with outcome():
+    with outcome(as_json):
         systemd = Systemd(as_system=os.geteuid() == 0)
         systemd.remove()
-        typer.echo(f"removed {systemd.unit_file}; settings and key are still there")
+        print_result(
+            {"removed": str(systemd.unit_file)},
+            f"removed {systemd.unit_file}; settings and key are still there",
+            as_json=as_json,
+        )
 
 
 @app.command(epilog="[bold]Example[/bold]\n\nswarm-node service status --json")
@@ -81,7 +92,7 @@ def status(as_json: AsJson = False) -> None:
     from swarm.node.cli import outcome
     from swarm.node.systemd import Systemd
 
-    with outcome():
+    with outcome(as_json):
         state = Systemd(as_system=os.geteuid() == 0).state()
         if as_json:
             typer.echo(json.dumps(asdict(state)))
@@ -102,6 +113,7 @@ def identity(
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="Settings that name the key.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print the peer id of a key, which is made when it is missing.
 
@@ -111,8 +123,10 @@ def identity(
     from swarm.node.config import load_identity_file
     from swarm.protocol.identity import Identity
 
-    with outcome():
-        typer.echo(Identity.load_or_create(load_identity_file(config, os.environ, file)).peer_id)
+    with outcome(as_json):
+        path = load_identity_file(config, os.environ, file)
+        peer = Identity.load_or_create(path).peer_id
+        print_result({"peer_id": peer, "file": str(path)}, peer, as_json=as_json)
 
 
 def _program() -> Path:
