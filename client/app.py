@@ -13,7 +13,7 @@ import random
 import tempfile
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -24,6 +24,7 @@ from swarm.catalogue.library import Library
 from swarm.catalogue.resolve import local_checkpoint
 from swarm.client.adapter_push import push_timeout_s
 from swarm.client.auditing import Auditor
+from swarm.client.bound_client import BoundClient
 from swarm.client.chain import Chain, ChainObserver, ChainTimeouts
 from swarm.client.config import ClientSettings
 from swarm.client.finetune.chain import TrainingChain, TrainingChainRequest, TrainingTimeouts
@@ -41,7 +42,7 @@ from swarm.ledger.sketch import Sketcher
 from swarm.membership import ModelSummary, list_models, read_nodes
 from swarm.membership_files import MembershipFiles
 from swarm.ports import Clock, Directory, Transport
-from swarm.protocol.errors import NetworkError, NoRouteError, UsageError
+from swarm.protocol.errors import NetworkError, NoRouteError, PolicyUnmet, UsageError
 from swarm.protocol.identity import Identity, PeerId
 from swarm.protocol.passport import Passport
 from swarm.protocol.policy import Policy
@@ -275,23 +276,31 @@ class SwarmClient:
         hub = hub and (self.gate is None or self.gate.charter.hub)
         return await fetch_ends(self.library(), model_name, hub=hub, on_progress=on_progress)
 
-    def under(self, policy: Policy) -> PolicyClient:
-        """This client with a policy for all that is opened through it, beside its own.
+    def under(self, policy: Policy | None, grants: OperatorGrants | None = None) -> BoundClient:
+        """This client with a policy for all that is opened through it, beside its own, and with
+        another payer.
 
-        Raises ConfigError when nothing satisfies both.
+        Raises ConfigError when nothing satisfies both policies.
         """
         own = self._policy
-        return PolicyClient(self, policy if own is None else own.both(policy))
+        if own is not None:
+            policy = own if policy is None else own.both(policy)
+        return BoundClient(self, policy, grants)
+
+    def paid_by(self, account: Identity, budget: str = "") -> OperatorGrants | None:
+        """Allowances of another account, for ``under``; None where there is no operator."""
+        return None if self._grants is None else self._grants.of_account(account, budget)
 
     def _passport_of(self, peer: PeerId) -> Passport | None:
         return None if self.gate is None else self.gate.known(peer)
 
     def _check_policy(self, policy: Policy) -> None:
-        """Raises NoRouteError for a policy of which nobody could say that it is kept."""
+        """Raises PolicyUnmet for a policy of which nobody could say that it is kept."""
         if policy.needs_passports and self.gate is None:
-            raise NoRouteError(
+            raise PolicyUnmet(
                 f"the policy asks for {policy.describe()}, and this swarm has no authority that "
-                "vouches for its nodes (no charter)"
+                "vouches for its nodes (no charter)",
+                is_final=True,
             )
 
     async def open_chain(
@@ -301,11 +310,13 @@ class SwarmClient:
         number_of_blocks: int,
         dtype: DType | None = None,
         model_name: str = "this model",
+        grants: OperatorGrants | None = None,
     ) -> Chain:
         """Choose hops and open a session on them; nodes that refuse or are gone are left out.
 
-        ``dtype`` restricts the nodes to one compute precision. Raises NoRouteError when blocks are
-        served by nobody or have no room, and when too many attempts failed.
+        ``dtype`` restricts the nodes to one compute precision; ``grants`` are of the account that
+        has to pay. Raises NoRouteError when blocks are served by nobody or have no room, and when
+        too many attempts failed; AllowanceRefused.
         """
         if request.policy is None and self._policy is not None:
             request = replace(request, policy=self._policy)
@@ -314,7 +325,7 @@ class SwarmClient:
             if request.adapter is not None and not request.policy.allows_adapter(
                 request.adapter_id.hex()
             ):
-                raise NoRouteError("the policy does not allow this adapter")
+                raise PolicyUnmet("the policy does not allow this adapter", is_final=True)
         needs = Needs(
             request.model_revision,
             number_of_blocks,
@@ -334,7 +345,7 @@ class SwarmClient:
             observer=self._observer,
             timeouts=self._timeouts_for(request),
             journal_budget=self._journals,
-            grant=await self._grant(),
+            grant=await self._grant(grants),
             sketcher=self._sketcher(request.hidden_size) if self._audits else None,
             on_finished=self._audit if self._audits else None,
         )
@@ -398,10 +409,11 @@ class SwarmClient:
             reputations=self._reputations,
         )
 
-    async def _grant(self) -> Grant | None:
+    async def _grant(self, payer: OperatorGrants | None = None) -> Grant | None:
         if not self.vouches:
             return None
-        if self._grants is not None and (granted := await self._grants.take()) is not None:
+        grants = payer or self._grants
+        if grants is not None and (granted := await grants.take()) is not None:
             return granted
         owner = self._owner.private_key if self._owner is not None else None
         return issue_for_ourselves(self._clock.unix_s(), owner)
@@ -468,33 +480,6 @@ class SwarmClient:
             )
         names = ", ".join(sorted({model.model_name for model in served})) or "no model at all"
         return f"nobody serves {model_name}; this swarm serves: {names}"
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyClient:
-    """A client whose sessions keep a policy; ``client.remote_blocks.ChainOpener``."""
-
-    client: SwarmClient
-    policy: Policy
-
-    async def open_chain(
-        self,
-        request: SessionRequest,
-        *,
-        number_of_blocks: int,
-        dtype: DType | None = None,
-        model_name: str = "this model",
-    ) -> Chain:
-        """As the client's, under the policy."""
-        return await self.client.open_chain(
-            replace(request, policy=self.policy),
-            number_of_blocks=number_of_blocks,
-            dtype=dtype,
-            model_name=model_name,
-        )
-
-    async def close(self) -> None:
-        """The client goes on: others use it too."""
 
 
 async def _grants(

@@ -1,7 +1,8 @@
 """Allowances of an operator for the client's sessions; self-issued ones when it gives none.
 
-Asking is never allowed to hold up an answer: an operator that is away, slow or refuses means that
-the session runs on a self-issued allowance, like in a swarm without an operator.
+Asking is never allowed to hold up an answer: an operator that is away or slow means that the
+session runs on a self-issued allowance, like in a swarm without an operator. So does a refusal,
+unless the session is for somebody whose account has to pay for it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -17,7 +18,13 @@ from swarm.client.vouchers import Grant
 from swarm.ledger.channel import Signed
 from swarm.ledger.operator_client import OperatorClient
 from swarm.ports import Clock
-from swarm.protocol.errors import NetworkError, ProtocolError, RemoteError
+from swarm.protocol.errors import (
+    AllowanceRefused,
+    ErrorCode,
+    NetworkError,
+    ProtocolError,
+    RemoteError,
+)
 from swarm.protocol.identity import Identity
 from swarm.protocol.ledger_objects import ANONYMOUS, FUNDED, MEMBER, SERIAL_BYTES, sign
 from swarm.protocol.operator_objects import AllowanceRequest
@@ -27,7 +34,11 @@ log = logging.getLogger(__name__)
 ASK_TIMEOUT_S = 3.0
 PAUSE_S = 60.0
 """After a refusal or silence the operator is not asked for so long."""
+REFUSED_PAUSE_S = 5.0
+"""The same for an account that has to pay: it may be filled up at any time."""
 LIFETIME_S = 3600
+REFUSALS = (ErrorCode.OVER_LIMIT, ErrorCode.FOREIGN_OBJECT)
+"""By which an operator says no to an account, not to what was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,8 @@ class GrantTerms:
     """None is an anonymous user."""
     budget: str = ""
     """A budget that the account may draw on; empty spends the account's own credit."""
+    must_pay: bool = False
+    """Whether a session that the operator refuses to grant is refused as well."""
 
 
 class OperatorGrants:
@@ -53,11 +66,23 @@ class OperatorGrants:
         self._operator = operator
         self._clock = clock
         self._asks_again_s = -float("inf")
+        self._refusal: AllowanceRefused | None = None
+
+    def of_account(self, account: Identity, budget: str) -> OperatorGrants:
+        """Of the same operator, for sessions that another account has to pay for."""
+        terms = replace(self._terms, account=account, budget=budget, must_pay=True)
+        return OperatorGrants(terms, self._operator, self._clock)
 
     async def take(self) -> Grant | None:
-        """A fresh grant with a key of its own, or None when the operator gives none now."""
+        """A fresh grant with a key of its own, or None when the operator gives none now.
+
+        Raises AllowanceRefused if the account has to pay and the operator says that it cannot.
+        """
         if self._clock.monotonic_s() < self._asks_again_s:
+            if self._refusal is not None:
+                raise AllowanceRefused(is_used_up=self._refusal.is_used_up)
             return None
+        self._refusal = None
         key = Ed25519PrivateKey.generate()
         account = self._terms.account
         request = sign(self._request(key), account.private_key if account else key)
@@ -66,14 +91,24 @@ class OperatorGrants:
                 allowance, sealed = await self._operator.allowance(
                     request, self._terms.operator_key
                 )
-            if allowance.voucher_key != key.public_key().public_bytes_raw().hex():
-                log.warning("the operator's allowance is for another key")
+        except RemoteError as error:
+            if not self._terms.must_pay or error.code not in REFUSALS:
+                self._go_on_without(error)
                 return None
-        except (NetworkError, RemoteError, ProtocolError, TimeoutError) as error:
-            log.warning("no allowance, going on without: %s", error or "no answer in time")
-            self._asks_again_s = self._clock.monotonic_s() + PAUSE_S
+            self._asks_again_s = self._clock.monotonic_s() + REFUSED_PAUSE_S
+            self._refusal = AllowanceRefused(is_used_up=error.code is ErrorCode.OVER_LIMIT)
+            raise self._refusal from error
+        except (NetworkError, ProtocolError, TimeoutError) as error:
+            self._go_on_without(error)
+            return None
+        if allowance.voucher_key != key.public_key().public_bytes_raw().hex():
+            log.warning("the operator's allowance is for another key")
             return None
         return Grant(allowance, Signed.of(sealed), key)
+
+    def _go_on_without(self, error: Exception) -> None:
+        log.warning("no allowance, going on without: %s", error or "no answer in time")
+        self._asks_again_s = self._clock.monotonic_s() + PAUSE_S
 
     def _request(self, key: Ed25519PrivateKey) -> AllowanceRequest:
         terms = self._terms

@@ -4,7 +4,7 @@
 
     join.sh  ask.sh     what to run there
     README.txt          in words
-    wheels/             this software and what it needs, for pip
+    wheels/             this software and what it needs, and the pip that installs it
     mirror/             models and adapters (``swarm.catalogue.mirror``)
     charter.swarm       and, where there is one, passport.swarm or invitation.swarm
     node.toml           settings: the mirror, no hub, the peers to join by
@@ -15,10 +15,12 @@ by the publishers of the charter, and the charter by whoever compares its swarm'
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ from swarm.protocol.version import DISTRIBUTION, software_version
 
 AUTO = "auto"
 NONE = "none"
+BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "swarm", "client", "node", "protocol")
+"""What a checkout's wheel is made of."""
 
 JOIN_SH = """#!/bin/sh
 # Host blocks of {model} until Ctrl-C. Arguments go to swarm-node join.
@@ -51,11 +55,27 @@ SWARM_PEERS=${{SWARM_PEERS:-{peers}}} SWARM_MIRRORS="$kit/mirror" SWARM_HUB=fals
 ENVIRONMENT_SH = """# Installs the software from wheels/, once; keeps charter and passport.
 export HF_HUB_OFFLINE=1
 venv=${SWARM_VENV:-$HOME/.local/share/sovereign-swarm/venv}
+if [ -d "$kit/wheels" ] && [ ! -x "$venv/bin/swarm-node" ]; then
+    python=
+    for found in "$PYTHON" pythonWANTED python3; do
+        if [ -n "$found" ] && "$found" -c 'import sys; sys.exit(not CHECK)' 2>/dev/null; then
+            python=$found
+            break
+        fi
+    done
+    if [ -z "$python" ]; then
+        echo "this kit needs Python WANTED; install it, or say PYTHON=/path/to/pythonWANTED" >&2
+        exit 1
+    fi
+    echo "installing into $venv; this takes some minutes" >&2
+    # Not every Python comes with a pip: the kit brings its own.
+    "$python" -m venv --without-pip "$venv"
+    for pip in "$kit"/wheels/pip-*.whl; do
+        "$venv/bin/python" "$pip/pip" --isolated --disable-pip-version-check install --quiet \\
+            --no-index --no-cache-dir --find-links "$kit/wheels" DISTRIBUTION
+    done
+fi
 if [ -x "$venv/bin/swarm-node" ]; then
-    swarm_node=$venv/bin/swarm-node swarm_user=$venv/bin/swarm
-elif [ -d "$kit/wheels" ]; then
-    python3 -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --no-index --find-links "$kit/wheels" DISTRIBUTION
     swarm_node=$venv/bin/swarm-node swarm_user=$venv/bin/swarm
 else
     swarm_node=swarm-node swarm_user=swarm
@@ -73,9 +93,11 @@ README = """{name}: a kit to join the swarm without a network
 sh join.sh            hosts blocks of {model} on this computer until Ctrl-C
 sh ask.sh "Hello"     asks the swarm
 
-Python 3.11 or newer is all that must be there. join.sh installs the software from this folder; no
-other computer than those of the swarm is contacted. Weights come from peers of the swarm, and from
-the folder mirror/ where no peer has them; each chunk is checked.
+What must be there: {needs}.
+
+join.sh installs the software from this folder; no other computer than those of the
+swarm is contacted. Weights come from peers of the swarm, and from the folder mirror/ where no peer
+has them; each chunk is checked.
 """
 
 
@@ -109,12 +131,12 @@ def make_kit(folder: Path, contents: KitContents) -> None:
                 shutil.copyfile(source.expanduser(), folder / f"{name}.swarm")
         peers = ",".join(contents.peers)
         (folder / "node.toml").write_text(_node_toml(contents.peers), "utf-8")
-        (folder / "environment.sh").write_text(
-            ENVIRONMENT_SH.replace("DISTRIBUTION", DISTRIBUTION), "utf-8"
-        )
+        (folder / "environment.sh").write_text(_environment_sh(contents.wheels), "utf-8")
         (folder / "join.sh").write_text(JOIN_SH.format(model=model), "utf-8")
         (folder / "ask.sh").write_text(ASK_SH.format(model=model, peers=peers), "utf-8")
-        (folder / "README.txt").write_text(README.format(name=folder.name, model=model), "utf-8")
+        (folder / "README.txt").write_text(
+            README.format(name=folder.name, model=model, needs=_needs(contents.wheels)), "utf-8"
+        )
     except OSError as error:
         raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from error
 
@@ -133,23 +155,63 @@ def _node_toml(peers: Sequence[str]) -> str:
     return f"# Settings of a node that this kit starts.\npeers = [{listed}]\nhub = false\n"
 
 
+def _needs(wheels: str) -> str:
+    """What must be on the other computer, in words."""
+    if wheels != AUTO:
+        return "Python 3.11 or newer"
+    system = f"{platform.system()} on {platform.machine()}"
+    return f"{system} with Python {sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _environment_sh(wheels: str) -> str:
+    """Compiled wheels are for one version of Python, if they are those of this computer."""
+    major, minor = sys.version_info[:2]
+    wanted, check = "3.11", "sys.version_info >= (3, 11)"
+    if wheels == AUTO:
+        wanted, check = f"{major}.{minor}", f"sys.version_info[:2] == ({major}, {minor})"
+    filled = {"DISTRIBUTION": DISTRIBUTION, "WANTED": wanted, "CHECK": check}
+    script = ENVIRONMENT_SH
+    for name, value in filled.items():
+        script = script.replace(name, value)
+    return script
+
+
 def _gather_wheels(target: Path, source: str) -> None:
-    """Wheels of this version and all that it needs, for computers like this one."""
+    """Wheels of this version and all that it needs, and pip's own, for computers like this one."""
     target.mkdir(parents=True, exist_ok=True)
     if source != AUTO:
         wheels = sorted(Path(source).expanduser().glob("*.whl"))
-        if not wheels:
-            raise UsageError(f"{source} has no wheels")
+        if not any(wheel.name.startswith("pip-") for wheel in wheels):
+            raise UsageError(f"{source} needs a wheel of pip beside the others: pip download pip")
         for wheel in wheels:
             shutil.copyfile(wheel, target / wheel.name)
         return
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(target)]
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(target), "pip"]
     root = Path(__file__).resolve().parents[1]
-    is_checkout = (root / "pyproject.toml").exists()
-    wanted = str(root) if is_checkout else f"{DISTRIBUTION}=={software_version()}"
-    if is_checkout and (root / "constraints.txt").exists():
+    if not (root / "pyproject.toml").exists():
+        _run_pip([*command, f"{DISTRIBUTION}=={software_version()}"])
+        return
+    if (root / "constraints.txt").exists():
         command += ["--constraint", str(root / "constraints.txt")]
-    if subprocess.run([*command, wanted], check=False).returncode != 0:
+    with tempfile.TemporaryDirectory() as temporary:
+        _run_pip([*command, str(copy_sources(root, Path(temporary) / "sources"))])
+
+
+def copy_sources(checkout: Path, target: Path) -> Path:
+    """What a wheel is built from, in a new folder: setuptools leaves things where it builds, and
+    finds what it left there before."""
+    target.mkdir()
+    for name in BUILT_FROM:
+        if (checkout / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(checkout / name, target / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(checkout / name, target)
+    return target
+
+
+def _run_pip(command: Sequence[str]) -> None:
+    if subprocess.run(command, check=False).returncode != 0:
         raise UsageError(
             "pip could not gather the wheels; do it where there is a network, or name a folder "
             "that has them by --wheels"

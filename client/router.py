@@ -35,6 +35,7 @@ from swarm.protocol.errors import (
     NetworkError,
     NoRouteError,
     PeerUnreachable,
+    PolicyUnmet,
     RemoteError,
     SwarmError,
 )
@@ -287,7 +288,7 @@ class Router:
         policy = self._needs.policy
         if policy is None:
             raise error
-        raise NoRouteError(
+        raise PolicyUnmet(
             f"{error}, under the policy: {policy.describe()}",
             missing_blocks=error.missing_blocks,
             retry_after_ms=error.retry_after_ms,

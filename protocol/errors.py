@@ -14,7 +14,9 @@
     |-- RemoteError           a peer answered with an error code
     |-- NetworkError          nobody is to blame: the link or the peer is gone
     |   `-- PeerUnreachable       could not even be dialled
+    |-- AllowanceRefused      the operator grants the account that has to pay nothing now
     `-- NoRouteError          the swarm cannot serve this now (which blocks, or when to retry)
+        |-- PolicyUnmet           nobody that the session's policy allows serves it
         `-- GenerationInterrupted  the same in mid-answer; has the tokens to go on from
 
 Only an :class:`ErrorCode`, a retry hint and a fixed text from :data:`ERROR_TEXTS` cross the wire.
@@ -215,6 +217,35 @@ class NoRouteError(SwarmError):
         self.missing_blocks = missing_blocks
         self.retry_after_ms = retry_after_ms
         super().__init__(message)
+
+
+class PolicyUnmet(NoRouteError):
+    """What the session's policy allows is not enough; nobody else was asked for anything."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing_blocks: tuple[int, ...] = (),
+        retry_after_ms: int = 0,
+        is_final: bool = False,
+    ) -> None:
+        """``is_final``: it stays so, whoever joins."""
+        self.is_final = is_final
+        super().__init__(message, missing_blocks=missing_blocks, retry_after_ms=retry_after_ms)
+
+
+class AllowanceRefused(SwarmError):
+    """The operator's word about the account that has to pay for a session."""
+
+    def __init__(self, *, is_used_up: bool) -> None:
+        """``is_used_up``: nothing is left; otherwise the operator does not accept the account."""
+        self.is_used_up = is_used_up
+        super().__init__(
+            "the account has nothing left at the operator"
+            if is_used_up
+            else "the operator does not accept the account"
+        )
 
 
 class GenerationInterrupted(NoRouteError):

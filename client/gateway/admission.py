@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from swarm.client.gateway.errors import BUSY_RETRY_S, ApiError
-from swarm.client.gateway.keys import ApiKey, KeyFile
+from swarm.client.gateway.keys import ApiKey, KeyFile, Payer
 from swarm.client.gateway.limits import KeyLimits, Usage, Usages
 from swarm.client.gateway.metrics import GatewayMetrics
 from swarm.client.gateway.settings import GatewaySettings
@@ -23,10 +23,11 @@ class Caller:
     """Who asks: a key, or an address where no keys are needed. Never logged with what is asked."""
 
     key_id: str
-    account: str
     limits: KeyLimits
     policy: Policy | None = None
     """Which nodes may see what it asks, beside the gateway's own policy; None: no further rule."""
+    payer: Payer | None = None
+    """The account that pays; None: the gateway's own."""
 
 
 class Admission:
@@ -51,7 +52,7 @@ class Admission:
     def identify(self, authorization: str | None, remote: str) -> Caller:
         """Raises ApiError 401 for missing, wrong and revoked keys."""
         if not self.needs_keys:
-            return Caller(f"address {remote}", "", self._limits(None))
+            return Caller(f"address {remote}", self._limits(None))
         if authorization is None or not authorization.startswith(BEARER):
             raise ApiError(
                 401,
@@ -61,7 +62,7 @@ class Admission:
         key = self._keys.find(authorization.removeprefix(BEARER).strip(), time.monotonic())
         if key is None:
             raise ApiError(401, "wrong or revoked API key", code="invalid_api_key")
-        return Caller(key.key_id, key.account, self._limits(key), key.session_policy)
+        return Caller(key.key_id, self._limits(key), key.session_policy, key.payer)
 
     def count_request(self, caller: Caller) -> None:
         """Before the body is read. Raises ApiError 429."""

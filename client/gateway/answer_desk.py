@@ -17,6 +17,7 @@ from swarm.client.gateway.bodies import ChatBody, TextBody
 from swarm.client.gateway.errors import ApiError
 from swarm.client.gateway.limits import Usage
 from swarm.client.gateway.metrics import GatewayMetrics
+from swarm.client.gateway.payers import Payers
 from swarm.client.gateway.replies import DONE, KEEP_ALIVE, Reply, event_of
 from swarm.client.gateway.settings import GatewaySettings
 from swarm.client.gateway.shelf import ServedModel, SwarmView
@@ -49,6 +50,7 @@ class AnswerDesk:
     ) -> None:
         self._settings = settings
         self._client = client
+        self._payers = Payers(client)
         self._admission = admission
         self._metrics = metrics
         self._add_headers = add_headers
@@ -137,11 +139,12 @@ class AnswerDesk:
                 self._metrics.tokens(model.name, len(prompt_ids), reply.completion_tokens)
 
     def _client_for(self, caller: Caller) -> ChainOpener:
-        """The client, under the policy of the caller's key. Raises ApiError."""
-        if caller.policy is None:
+        """The client, under the policy of the key and paid by its account. Raises ApiError."""
+        grants = self._payers.grants_of(caller.payer)
+        if caller.policy is None and grants is None:
             return self._client
         try:
-            return self._client.under(caller.policy)
+            return self._client.under(caller.policy, grants)
         except ConfigError as error:
             raise ApiError(403, str(error), code="policy_conflict") from None
 

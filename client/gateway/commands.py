@@ -134,12 +134,19 @@ def gateway(
 
 @keys_app.command(
     epilog="[bold]Examples[/bold]\n\nswarm gateway keys add 'Library of Mombasa'\n\n"
-    "swarm gateway keys add research --account acct-17 --answers 64 --json"
+    "swarm gateway keys add research --account research.key --answers 64 --json"
 )
 def add(
     name: Annotated[str, typer.Argument(help="Whom the key is for.")],
     account: Annotated[
-        str, typer.Option("--account", help="Ledger account that pays; empty: the gateway's own.")
+        Path | None,
+        typer.Option(
+            "--account", metavar="FILE", help="Key of the operator's account that pays for it."
+        ),
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option("--budget", help="That the account may draw on; empty: its own credit."),
     ] = "",
     requests_per_minute: Annotated[
         int | None, typer.Option("--requests-per-minute", help="Instead of the gateway's limit.")
@@ -164,7 +171,7 @@ def add(
     with joining.outcome(as_json):
         key, text = make_key(
             name,
-            account=account,
+            payer=None if account is None else _payer(account, budget),
             policy=None if policy is None else joining.read_policy(policy),
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
@@ -225,6 +232,14 @@ def _file(path: Path | None) -> Any:
     from swarm.client.gateway.settings import DEFAULT_KEYS_FILE
 
     return KeyFile(path or DEFAULT_KEYS_FILE)
+
+
+def _payer(path: Path, budget: str) -> Any:
+    from swarm.client.gateway.keys import Payer
+    from swarm.protocol.identity import Identity
+
+    whole = path.expanduser().resolve()
+    return Payer(Identity.load(whole).peer_id, str(whole), budget)
 
 
 def _key_json(key: Any) -> dict[str, Any]:

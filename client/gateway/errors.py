@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from swarm.protocol.errors import NoRouteError, RemoteError, SwarmError, UsageError
+from swarm.protocol.errors import (
+    AllowanceRefused,
+    NoRouteError,
+    PolicyUnmet,
+    RemoteError,
+    SwarmError,
+    UsageError,
+)
 
 BUSY_RETRY_S = 5
+USED_UP = "insufficient_quota"
+"""OpenAI's word, as type and code, for an account that has nothing left."""
+USED_UP_RETRY_S = 600
 
 
 class ApiError(Exception):
@@ -42,7 +52,7 @@ class ApiError(Exception):
             case 404:
                 return "not_found_error"
             case 429:
-                return "rate_limit_error"
+                return USED_UP if self.code == USED_UP else "rate_limit_error"
             case status if status >= 500:
                 return "server_error"
         return "invalid_request_error"
@@ -73,6 +83,18 @@ def from_swarm(error: SwarmError) -> ApiError:
     match error:
         case UsageError():
             return ApiError(400, _one_line(error), code="invalid_value")
+        case AllowanceRefused():
+            if error.is_used_up:
+                text = "the account of this key has used up what the operator grants it"
+                return ApiError(429, text, code=USED_UP, retry_after_s=USED_UP_RETRY_S)
+            text = "the operator does not accept the account of this key"
+            return ApiError(403, text, code="account_refused")
+        case PolicyUnmet(is_final=True):
+            return ApiError(403, _one_line(error), code="policy_unmet")
+        case PolicyUnmet():
+            retry_s = error.retry_after_ms / 1000 or BUSY_RETRY_S
+            text = f"nobody that the policy allows can serve this now: {_one_line(error)}"
+            return ApiError(503, text, code="policy_unmet", retry_after_s=retry_s)
         case NoRouteError():
             retry_s = error.retry_after_ms / 1000 or BUSY_RETRY_S
             text = f"the swarm cannot serve this now: {_one_line(error)}"

@@ -31,6 +31,18 @@ CHECK_PERIOD_S = 1.0
 _KEY = re.compile(r"sk-swarm-([0-9a-f]{16})-([A-Za-z0-9_-]{43})")
 
 
+@dataclass(frozen=True, slots=True)
+class Payer:
+    """An account at the operator that pays for what a key uses."""
+
+    account: str
+    """Its peer id."""
+    key_path: str
+    """The file with its key, on the gateway's computer."""
+    budget: str = ""
+    """A budget that it may draw on; empty: its own credit."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKey:
     """What is kept of a key."""
@@ -39,7 +51,9 @@ class ApiKey:
     secret_sha256: str
     name: str
     account: str = ""
-    """The ledger account that pays for what the key uses; empty: the gateway's own."""
+    """The account that pays for what the key uses, by its peer id; empty: the gateway's own."""
+    account_path: str = ""
+    account_budget: str = ""
     created_unix_s: int = 0
     revoked_unix_s: int | None = None
     requests_per_minute: int | None = None
@@ -48,6 +62,13 @@ class ApiKey:
     answers: int | None = None
     policy: str = ""
     """Which nodes may see what the key asks, in canonical JSON; empty: those of the gateway."""
+
+    @property
+    def payer(self) -> Payer | None:
+        """Who pays; None: the gateway's own account."""
+        if not self.account_path:
+            return None
+        return Payer(self.account, self.account_path, self.account_budget)
 
     @property
     def session_policy(self) -> Policy | None:
@@ -61,7 +82,11 @@ class ApiKey:
 
 
 def make_key(
-    name: str, *, account: str = "", policy: Policy | None = None, **limits: int | None
+    name: str,
+    *,
+    payer: Payer | None = None,
+    policy: Policy | None = None,
+    **limits: int | None,
 ) -> tuple[ApiKey, str]:
     """A new key, and the text of it, which nobody can show again."""
     if not 1 <= len(name) <= 100 or not name.isprintable():
@@ -75,7 +100,9 @@ def make_key(
         key_id=key_id,
         secret_sha256=_hash(secret),
         name=name,
-        account=account,
+        account=payer.account if payer else "",
+        account_path=payer.key_path if payer else "",
+        account_budget=payer.budget if payer else "",
         created_unix_s=int(time.time()),
         policy="" if policy is None else policy.to_bytes().decode(),
         **limits,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from swarm.client.adapter_push import AdapterSource
 from swarm.client.gateway.errors import ApiError
@@ -17,8 +17,12 @@ from swarm.client.generate import LocalModel
 from swarm.client.remote_blocks import ChainOpener
 from swarm.membership import coverage
 from swarm.protocol.errors import SwarmError, UsageError
+from swarm.protocol.identity import Identity
 from swarm.protocol.policy import Policy
 from swarm.protocol.records import NodeRecord
+
+if TYPE_CHECKING:
+    from swarm.client.grants import OperatorGrants
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +32,12 @@ LOOK_PERIOD_S = 10.0
 class SwarmView(ChainOpener, Protocol):
     """What a gateway needs of a client; ``client.app.SwarmClient`` is one."""
 
-    def under(self, policy: Policy) -> ChainOpener:
-        """With a policy beside its own. Raises ConfigError when nothing satisfies both."""
+    def under(self, policy: Policy | None, grants: OperatorGrants | None = None) -> ChainOpener:
+        """With a policy beside its own, and another payer. Raises ConfigError when nothing
+        satisfies both policies."""
+
+    def paid_by(self, account: Identity, budget: str = "") -> OperatorGrants | None:
+        """Allowances of another account; None where there is no operator."""
 
     async def nodes(self, model_revision: bytes) -> list[NodeRecord]: ...
 

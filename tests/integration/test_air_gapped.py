@@ -1,7 +1,8 @@
-"""A kit on a computer whose network leads nowhere: the node joins, with weights from the kit."""
+"""A kit on a computer whose network leads nowhere: software and weights come from the kit."""
 
 from __future__ import annotations
 
+import ensurepip
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from swarm.authority import Authority
 from swarm.catalogue.checkpoint import Checkpoint
-from swarm.client.kit import KitContents, make_kit
+from swarm.client.kit import KitContents, copy_sources, make_kit
 from swarm.client.publishing import describe_directory
 from swarm.membership_files import CHARTER, PASSPORT, write_file
 from swarm.protocol.identity import Identity
@@ -70,11 +71,34 @@ def network() -> Iterator[list[str]]:
     holder.communicate()
 
 
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This software's own wheel, and a pip that installs it."""
+    folder = tmp_path_factory.mktemp("wheels")
+    sources = copy_sources(Path(__file__).parents[2], folder / "sources")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
+    command += ["--no-build-isolation", "--wheel-dir", str(folder), str(sources)]
+    subprocess.run(command, check=True)
+    (pip,) = Path(ensurepip.__file__).parent.glob("_bundled/pip-*.whl")
+    shutil.copy(pip, folder)
+    return folder
+
+
+def packages_without_ours(folder: Path) -> Path:
+    """What our package needs, as links: a kit's wheels of all that are 500 MB."""
+    folder.mkdir()
+    for entry in Path(torch.__file__).parents[1].iterdir():
+        if "sovereign_swarm" not in entry.name and entry.suffix != ".pth":
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
 def environment(home: Path) -> dict[str, str]:
     return {
         **os.environ,
         "HOME": str(home),
-        "SWARM_VENV": sys.prefix,
+        "PYTHON": sys.executable,
+        "SWARM_VENV": str(home / "venv"),
         "SWARM_NODE_DATA_DIR": str(home / "data"),
         "OMP_NUM_THREADS": "1",
     }
@@ -89,7 +113,9 @@ def ready_line(process: subprocess.Popen[str]) -> dict[str, object]:
     raise AssertionError(f"it ended with {process.wait()} and said nothing")
 
 
-def test_a_node_joins_from_the_kit(tmp_path: Path, checkpoint: Path, network: list[str]) -> None:
+def test_a_node_joins_from_the_kit(
+    tmp_path: Path, checkpoint: Path, wheels: Path, network: list[str]
+) -> None:
     authority = Authority.found(
         tmp_path / "authority",
         Charter(bytes(32), 1, "Island", AdmissionMode.MEMBERS, (), hub=False),
@@ -111,12 +137,17 @@ def test_a_node_joins_from_the_kit(tmp_path: Path, checkpoint: Path, network: li
             peers=(f"/ip4/{LAN}/tcp/{PORT}/p2p/{seed_peer}",),
             charter=homes["node"] / "data" / "charter.swarm",
             passport=homes["node"] / "data" / "passport.swarm",
-            wheels="none",
+            wheels=str(wheels),
         ),
     )
     for name in ("charter.swarm", "passport.swarm"):
         (homes["node"] / "data" / name).unlink()  # they come with the kit
     shutil.rmtree(checkpoint)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = homes["node"] / "venv" / "lib" / version / "site-packages"
+    packages.mkdir(parents=True)
+    needed = packages_without_ours(tmp_path / "packages")
+    (packages / "needed.pth").write_text(f"{needed}\n")
     common = ["--json", "--no-metrics"]
     started: list[subprocess.Popen[str]] = []
     try:
@@ -141,6 +172,7 @@ def test_a_node_joins_from_the_kit(tmp_path: Path, checkpoint: Path, network: li
             )
             event = ready_line(started[-1])
             assert event["event"] == "ready", event
+        assert (packages / "swarm" / "node" / "cli.py").is_file()
         assert event["model"] == "Island-1M"
         assert (event["first_block"], event["end_block"]) == (0, 4)
         (stored,) = (homes["node"] / "data" / "store").iterdir()

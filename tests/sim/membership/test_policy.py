@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from swarm import virtual_time
-from swarm.client.app import PolicyClient, SwarmClient
+from swarm.client.app import SwarmClient
+from swarm.client.bound_client import BoundClient
 from swarm.client.hops import SessionRequest
 from swarm.connection import Connection
 from swarm.memory_network import MemoryPeer
@@ -150,7 +151,7 @@ class Nation:
 REQUEST = SessionRequest(REVISION, HIDDEN, 1, 64, DType.FLOAT32)
 
 
-async def talk(client: PolicyClient | SwarmClient, tensor: Any, steps: int = 4) -> None:
+async def talk(client: BoundClient | SwarmClient, tensor: Any, steps: int = 4) -> None:
     chain = await client.open_chain(REQUEST, number_of_blocks=BLOCKS)
     try:
         await chain.step(tensor(8), 0, output_tokens=1)

@@ -22,6 +22,7 @@ from swarm.client.gateway.process import Listening, serve
 from swarm.client.gateway.settings import GatewaySettings
 from swarm.client.gateway.shelf import ServedModel
 from swarm.client.generate import LocalModel
+from swarm.client.grants import OperatorGrants
 from swarm.client.metrics import ClientMetrics
 from swarm.protocol.identity import Identity
 from swarm.protocol.policy import Policy
@@ -107,9 +108,13 @@ class TinySwarm:
         self.records = [_record()]
         self.policies: list[Policy] = []
 
-    def under(self, policy: Policy) -> TinySwarm:
-        self.policies.append(policy)
+    def under(self, policy: Policy | None, grants: OperatorGrants | None = None) -> TinySwarm:
+        if policy is not None:
+            self.policies.append(policy)
         return self
+
+    def paid_by(self, account: Identity, budget: str = "") -> OperatorGrants | None:
+        return None
 
     async def open_chain(self, request: Any, **options: Any) -> GatedChain:
         return GatedChain(await self.client.open_chain(request, **options), self.gate)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from swarm.client import cli
 from swarm.client.gateway.settings import GatewaySettings, load_gateway_settings
 from swarm.protocol.errors import ConfigError
+from swarm.protocol.identity import Identity
 
 
 def test_keys_by_the_command(tmp_path: Path) -> None:
@@ -19,12 +20,17 @@ def test_keys_by_the_command(tmp_path: Path) -> None:
         assert result.exit_code == code, result.output
         return result.stdout
 
-    made = json.loads(run("add", "Library", "--account", "acct-1", "--json"))
+    account = Identity.load_or_create(tmp_path / "account.key")
+    paid = ("--account", str(tmp_path / "account.key"), "--budget", "schools")
+    made = json.loads(run("add", "Library", *paid, "--json"))
+    run("add", "Nobody", "--account", str(tmp_path / "missing.key"), code=2)
     assert made["key"].startswith(f"sk-swarm-{made['id']}-")
     assert run("add", "Other").startswith("sk-swarm-")
     listed = json.loads(run("list", "--json"))["keys"]
     assert [key["name"] for key in listed] == ["Library", "Other"]
     assert "secret_sha256" not in listed[0]
+    assert listed[0]["account"] == account.peer_id
+    assert listed[0]["account_budget"] == "schools"
     assert "Library" in run("list")
     assert "revoked" in run("revoke", "Library")
     run("revoke", "Library", code=2)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm.client.gateway.keys import CHECK_PERIOD_S, KeyFile, make_key
+from swarm.client.gateway.keys import CHECK_PERIOD_S, KeyFile, Payer, make_key
 from swarm.protocol.errors import ConfigError, UsageError
 
 
@@ -16,7 +16,9 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_key_is_found_by_its_text_only(path: Path) -> None:
     keys = KeyFile(path)
-    key, text = make_key("Library", account="acct-1", answers=3)
+    payer = Payer("12D3KooW", "/keys/library.key", "schools")
+    key, text = make_key("Library", payer=payer, answers=3)
+    assert key.payer == payer
     other, other_text = make_key("Other")
     keys.add(key)
     keys.add(other)
