@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from swarm.buddies import Buddies
 from swarm.cached_peers import load_peers, save_peers, worth_keeping
 from swarm.clock_offset import ClockOffsets, describe_offset
 from swarm.membership import Announcer, list_models, read_nodes
-from swarm.nodes_view import NodesView
+from swarm.nodes_view import NODE_VIEW, NodesView, ViewSettings
 from swarm.ports import Clock, Directory, Transport
 from swarm.protocol.errors import NetworkError
 from swarm.protocol.identity import Identity, PeerId
@@ -56,7 +57,12 @@ class Surroundings:
         self._peers_file = peers_file
         self._on_clock = on_clock
         self.view = NodesView(
-            network, clock, revision, own=identity.peer_id, on_accused=announcer.announce_now
+            network,
+            clock,
+            revision,
+            settings=view_settings(announcer.period_s),
+            own=identity.peer_id,
+            on_accused=announcer.announce_now,
         )
         self._buddies = Buddies(
             identity,
@@ -92,6 +98,15 @@ class Surroundings:
         while True:
             await _remember(self._peers_file, self.view.records(), self._own)
             await self._clock.sleep(PEERS_PERIOD_S)
+
+
+def view_settings(announce_period_s: float) -> ViewSettings:
+    """Records end after three periods of those who announce them.
+
+    They are read before that: otherwise the others vanish for moments, and a buddy that is not
+    known cannot be missed.
+    """
+    return replace(NODE_VIEW, refresh_s=min(NODE_VIEW.refresh_s, announce_period_s))
 
 
 async def remember_peers(directory: Directory, clock: Clock, own: PeerId, path: Path) -> None:

@@ -21,9 +21,10 @@ from swarm.status.languages import LANGUAGES
 from swarm.status.plain_text import ADDRESS
 from tests.e2e.browser import PHONE, Visit, visit
 
-PERIOD_S = 20.0
+PERIOD_S = 5.0
+LOOK_S = 2.0
+"""What a look, and a browser that fetches the page again, may take on a busy machine."""
 ANNOUNCE_PERIOD_S = 10
-RECORD_LIFE_S = 3 * ANNOUNCE_PERIOD_S
 SPANS = (Span(0, 10), Span(10, 20), Span(20, 30))
 DECLARED = {
     "SWARM_NODE_COUNTRY": "KE",
@@ -186,9 +187,7 @@ def test_a_restart_loses_nothing(three: StatusOfThree) -> None:
     assert after["models"][0]["probed"] is not None
 
 
-async def test_a_killed_node_is_shown_at_the_latest_when_its_record_has_ended(
-    three: StatusOfThree,
-) -> None:
+async def test_a_killed_node_is_shown_within_one_period(three: StatusOfThree) -> None:
     async with visit(three.site.url + "/en/") as here:
         victim = three.swarm.nodes[1]
         await asyncio.to_thread(victim.process.kill)
@@ -197,8 +196,7 @@ async def test_a_killed_node_is_shown_at_the_latest_when_its_record_has_ended(
             "Nobody serves blocks 10 to 19.", timeout=PATIENCE_MS
         )
         shown_after_s = time.monotonic() - killed_s
-        # Sooner where its buddies agree that it is dead; with two of them left they may not.
-        assert shown_after_s < RECORD_LIFE_S + PERIOD_S
+        assert shown_after_s < PERIOD_S + LOOK_S
         await expect(here.page.locator(".join").first).to_contain_text("--blocks 10:20")
         assert await here.page.locator(".blocks .l0").count() == 10
         await expect(here.page.locator(".incidents")).to_contain_text(
