@@ -150,7 +150,9 @@ HONEST: Mapping[str, HonestVariant] = {
     "bfloat16 prefill": HonestVariant("bfloat16", _of(torch.bfloat16)),
     "bfloat16 decode": HonestVariant("bfloat16", _of(torch.bfloat16), is_decode=True),
     "float16 prefill": HonestVariant("float16", _of(torch.float16)),
+    "float16 decode": HonestVariant("float16", _of(torch.float16), is_decode=True),
     "int8 prefill": HonestVariant("int8", _int8),
+    "int8 decode": HonestVariant("int8", _int8, is_decode=True),
 }
 
 

@@ -62,21 +62,6 @@ def four_bits(
     return runner.prefill(blocks.to(torch.bfloat16), given)
 
 
-def with_adapter(runner: SpanRunner, first: int, end: int) -> torch.nn.ModuleList:
-    """The blocks as a low-rank adapter changes them: r = 8 on q and v, 3 % of their size."""
-    blocks = runner.copy_of(first, end, torch.float32)
-    generator = torch.Generator().manual_seed(7)
-    layers: Any = blocks
-    for block in layers:
-        for linear in (block.self_attn.q_proj, block.self_attn.v_proj):
-            outputs, inputs = linear.weight.shape
-            a = torch.randn(8, inputs, generator=generator)
-            b = torch.randn(outputs, 8, generator=generator)
-            delta = b @ a
-            linear.weight += delta * (0.03 * linear.weight.norm() / delta.norm())
-    return blocks
-
-
 def lazy(
     runner: SpanRunner, first: int, end: int, given: torch.Tensor, right: torch.Tensor
 ) -> Outputs:
