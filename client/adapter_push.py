@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from swarm.client.link import HopFailed
 from swarm.connection import Connection, PassportCheck
 from swarm.ports import Transport
 from swarm.protocol.adapter_index import AdapterIndex, ModuleSpec, TensorSpec, size_bytes
-from swarm.protocol.errors import ErrorCode, NetworkError, ProtocolError
+from swarm.protocol.errors import ErrorCode, NetworkError, ProtocolError, RemoteError
 from swarm.protocol.identity import PeerId
 from swarm.protocol.messages import (
     MAX_PAYLOAD_BYTES,
@@ -21,6 +23,9 @@ from swarm.protocol.messages import (
 )
 from swarm.protocol.tensors import ITEM_BYTES, WireTensor
 from swarm.protocol.version import STREAM_PROTOCOL
+from swarm.routing import Hop as PlannedHop
+
+log = logging.getLogger(__name__)
 
 SLOWEST_BYTES_PER_S = 128 * 1024
 """An upload that is slower than a weak home line is given up."""
@@ -59,6 +64,29 @@ class Pushed:
 
     sent_bytes: int
     """Of tensors; 0 when the node had the adapter already, or got it from peers."""
+
+
+async def bring_adapter(
+    transport: Transport,
+    hop: PlannedHop,
+    source: AdapterSource,
+    *,
+    model_revision: bytes,
+    only_for: PassportCheck | None = None,
+) -> None:
+    """Give a hop the adapter that it lacks. Raises HopFailed."""
+    try:
+        pushed = await push_adapter(
+            transport,
+            hop.peer_id,
+            hop.addresses,
+            source,
+            model_revision=model_revision,
+            only_for=only_for,
+        )
+    except (NetworkError, RemoteError, ProtocolError) as error:
+        raise HopFailed(hop, error) from error
+    log.info("brought the adapter to %s: %d bytes", hop.peer_id, pushed.sent_bytes)
 
 
 async def push_adapter(

@@ -16,7 +16,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +27,7 @@ from swarm.client.hops import SessionRequest
 from swarm.client.ledger_store import ClientLedger
 from swarm.client.link import HopFailed
 from swarm.client.replay import replay_through
+from swarm.client.router import failure_kind
 from swarm.client.shown_work import (
     ShownWork,
     bound_links,
@@ -38,9 +39,11 @@ from swarm.client.shown_work import (
 from swarm.client.vouchers import issue_for_ourselves
 from swarm.connection import Connection
 from swarm.ledger.audit_rule import (
+    AdapterShare,
     Comparison,
     Floats,
     Limits,
+    adapter_share,
     compare,
     loosest,
     to_array,
@@ -61,6 +64,7 @@ from swarm.protocol.messages import (
 )
 from swarm.protocol.tensors import WireTensor
 from swarm.protocol.version import STREAM_PROTOCOL
+from swarm.routing import Hop as PlannedHop
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +97,13 @@ class _Opinion:
     """What somebody else computed from the same inputs."""
 
     states: Floats
-    peers: tuple[PeerId, ...]
+    hops: tuple[PlannedHop, ...]
+    """Who computed it; empty for a reference that we trust."""
     dtype_class: str
+
+    @property
+    def peers(self) -> tuple[PeerId, ...]:
+        return tuple(hop.peer_id for hop in self.hops)
 
 
 class Auditor:
@@ -227,7 +236,9 @@ class Auditor:
         comparison = measured.against(second.states)
         declared = hop.account.dtype_class if hop.account is not None else ""
         limits = _limits_between(chain, hop, declared, second.dtype_class)
-        if comparison.passes(limits):
+        if comparison.passes(limits) and await self._has_adapter(
+            chain, given, measured, second, limits
+        ):
             return [await self._note(hop, Found.PASSED, comparison)]
         if not second.peers:  # a reference that we trust
             return [await self._note(hop, Found.FAILED, comparison)]
@@ -238,7 +249,7 @@ class Auditor:
             ]
         again = measured.against(third.states)
         limits = _limits_between(chain, hop, declared, third.dtype_class)
-        if again.passes(limits):
+        if again.passes(limits) and await self._has_adapter(chain, given, measured, third, limits):
             findings = [await self._note(hop, Found.PASSED, again)]
             if len(second.peers) == 1:
                 replica = hop.at(second.peers[0])
@@ -248,6 +259,30 @@ class Auditor:
         if between.passes(_limits_between(chain, hop, second.dtype_class, third.dtype_class)):
             return [await self._note(hop, Found.FAILED, comparison)]
         return [await self._note(hop, Found.DISPUTED, comparison, other=second.peers[0])]
+
+    async def _has_adapter(
+        self,
+        chain: AuditedChain,
+        given: WireTensor,
+        measured: _Measured,
+        opinion: _Opinion,
+        limits: Limits,
+    ) -> bool:
+        """Whether an answer that passed has the session's adapter, which may do less than rounding.
+
+        The replicas compute once more without it. When they do not, nothing speaks against.
+        """
+        if chain.request.adapter is None or not opinion.hops:
+            return True
+        request = replace(chain.request, adapter=None)
+        try:
+            bare = await self._replayed(chain, opinion.hops, given, request)
+        except HopFailed as error:
+            log.info("a replica failed: %s", error)
+            return True
+        share = measured.adapter_share(opinion.states, bare.states)
+        log.debug("adapter: effect %.4f, share %.2f", share.effect, share.share)
+        return share.passes(limits)
 
     # --- opinions
     async def _opinion(
@@ -259,7 +294,8 @@ class Auditor:
         excluded: Sequence[PeerId],
     ) -> _Opinion | None:
         """The span computed by somebody else; None when there is nobody."""
-        if self._reference is not None and self._dice.random() < 0.25:
+        has_reference = self._reference is not None and chain.request.adapter is None
+        if self._reference is not None and has_reference and self._dice.random() < 0.25:
             output = await self._reference(hop.first_block, hop.end_block, given)
             if output is not None:
                 return _Opinion(to_array(output), (), "float32")
@@ -272,25 +308,38 @@ class Auditor:
             except SwarmError as error:
                 log.debug("nobody to replay blocks of %s: %s", hop.peer_id, error)
                 return None
-            states, dtype_class = given, ""
             try:
-                for replica in plan.hops:
-                    replayed = await replay_through(
-                        self._transport,
-                        replica,
-                        states,
-                        chain.request,
-                        issue_for_ourselves(self._clock.unix_s()),
-                        self._clock,
-                    )
-                    self.replayed_tokens += given.shape[0] * given.shape[1]
-                    states, dtype_class = replayed.output, replayed.dtype_class or dtype_class
-                peers = tuple(replica.peer_id for replica in plan.hops)
-                return _Opinion(to_array(states), peers, dtype_class)
+                return await self._replayed(chain, plan.hops, given, chain.request)
             except HopFailed as error:
                 log.info("a replica failed: %s", error)
                 left_out.add(error.peer_id)
+                # Else the next audit waits for it again.
+                cause = error.__cause__
+                if isinstance(cause, SwarmError):
+                    chain.planner.failed(error.peer_id, failure_kind(cause))
         return None
+
+    async def _replayed(
+        self,
+        chain: AuditedChain,
+        hops: Sequence[PlannedHop],
+        given: WireTensor,
+        request: SessionRequest,
+    ) -> _Opinion:
+        """The inputs through other nodes, one after the other. Raises HopFailed."""
+        states, dtype_class = given, ""
+        for replica in hops:
+            replayed = await replay_through(
+                self._transport,
+                replica,
+                states,
+                request,
+                issue_for_ourselves(self._clock.unix_s()),
+                self._clock,
+            )
+            self.replayed_tokens += given.shape[0] * given.shape[1]
+            states, dtype_class = replayed.output, replayed.dtype_class or dtype_class
+        return _Opinion(to_array(states), tuple(hops), dtype_class)
 
     # --- what hops show
     async def _ask(self, hop: AuditedHop, request: SessionRequest, length: int) -> ShownWork | None:
@@ -371,6 +420,11 @@ class _Measured:
     def between(self, first: Floats, second: Floats) -> Comparison:
         """Two others against each other."""
         return self._compare(self._view(first), self._view(second))
+
+    def adapter_share(self, adapted: Floats, bare: Floats) -> AdapterShare:
+        """How much of an adapter's effect the hop's answer has."""
+        states = (self._given, self._answered, self._view(adapted), self._view(bare))
+        return adapter_share(*(each[self._counts] for each in states))
 
     def _compare(self, answered: Floats, reference: Floats) -> Comparison:
         return compare(self._given[self._counts], answered[self._counts], reference[self._counts])

@@ -597,10 +597,12 @@ class Chain:
                     self._mend(link)
             case ErrorCode.NOT_NAMED_BY_SESSION:
                 log.debug("%s refused a probe", link.peer_id)
-            case ErrorCode.INPUT_NOT_FINITE if before is not None and self._believes(link):
-                # The hop before is to blame; the session on this one has ended with it.
+            case ErrorCode.INPUT_NOT_FINITE | ErrorCode.BAD_TENSOR if (
+                before is not None and self._believes(link)
+            ):
+                # The hop before is to blame; the session on this one ends with it.
                 self._hops.lose(before, HopFailed(before.hop, error))
-                victim = HopFailed(link.hop, NetworkError("got no numbers"))
+                victim = HopFailed(link.hop, NetworkError("got what is no input"))
                 victim.is_counted = True
                 self._hops.lose(link, victim)
             case ErrorCode.STALE_STEP if self._session.is_answered(message.step):

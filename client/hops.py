@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from swarm.client.adapter_push import AdapterSource, push_adapter
+from swarm.client.adapter_push import AdapterSource, bring_adapter
 from swarm.client.link import HopFailed, Link
 from swarm.client.planner import Planner
 from swarm.client.vouchers import Grant, HopAccount
@@ -25,7 +25,6 @@ from swarm.ports import Clock, Transport
 from swarm.protocol.errors import (
     ErrorCode,
     NetworkError,
-    ProtocolError,
     RemoteError,
     SwarmError,
 )
@@ -372,7 +371,13 @@ class Hops:
         except HopFailed as error:
             if error.code is not ErrorCode.ADAPTER_MISSING or request.adapter is None:
                 raise
-        await self._bring(hop, request.adapter)
+        await bring_adapter(
+            self._transport,
+            hop,
+            request.adapter,
+            model_revision=request.model_revision,
+            only_for=None if request.policy is None else request.policy.check,
+        )
         return await self._open_link(hop, message)
 
     async def _open_link(self, hop: PlannedHop, message: OpenSession) -> Link:
@@ -388,21 +393,6 @@ class Hops:
         if link.account is not None:
             self.accounts.append(link.account)
         return link
-
-    async def _bring(self, hop: PlannedHop, adapter: AdapterSource) -> None:
-        """Give a hop the adapter that it lacks. Raises HopFailed."""
-        try:
-            pushed = await push_adapter(
-                self._transport,
-                hop.peer_id,
-                hop.addresses,
-                adapter,
-                model_revision=self._request.model_revision,
-                only_for=None if self._request.policy is None else self._request.policy.check,
-            )
-        except (NetworkError, RemoteError, ProtocolError) as error:
-            raise HopFailed(hop, error) from error
-        log.info("brought the adapter to %s: %d bytes", hop.peer_id, pushed.sent_bytes)
 
     def _allowance(self) -> dict[str, Any]:
         if self._grant is None:

@@ -153,7 +153,7 @@ class Link:
             if connection is not None:
                 await connection.close()
             reason = NetworkError(f"did not open the session within {timeout_s:.0f} s")
-            raise HopFailed(hop, reason) from None
+            raise HopFailed(hop, reason) from reason
         except SwarmError as error:
             if connection is not None:
                 await connection.close()

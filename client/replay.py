@@ -11,6 +11,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TypeVar
 
+from swarm.client.adapter_push import bring_adapter
 from swarm.client.hops import SessionRequest
 from swarm.client.link import HopFailed, Link
 from swarm.client.vouchers import Grant
@@ -61,30 +62,35 @@ async def replay_through(
 ) -> Replayed:
     """``[rows, tokens, hidden]`` through one hop, all positions back. Raises HopFailed."""
     rows, tokens, hidden_size = activations.shape
-    link = await Link.open(
-        transport,
-        hop,
-        OpenSession(
-            model_revision=request.model_revision,
-            first_block=hop.first_block,
-            end_block=hop.end_block,
-            rows=rows,
-            maximum_tokens=tokens,
-            wire_dtype=int(request.wire_dtype),
-            wire_encoding=int(request.wire_encoding),
-            previous_peer=transport.peer_id,
-            left_padding=request.left_padding,
-            adapter_id=request.adapter_id,
-            policy=b"" if request.policy is None else request.policy.to_bytes(),
-            allowance=grant.signed.payload,
-            allowance_signature=grant.signed.signature,
-            allowance_issuer=grant.signed.public_key,
-        ),
-        clock=clock,
-        timeout_s=OPEN_S,
-        only_for=None if request.policy is None else request.policy.check,
-        grant=grant,
+    message = OpenSession(
+        model_revision=request.model_revision,
+        first_block=hop.first_block,
+        end_block=hop.end_block,
+        rows=rows,
+        maximum_tokens=tokens,
+        wire_dtype=int(request.wire_dtype),
+        wire_encoding=int(request.wire_encoding),
+        previous_peer=transport.peer_id,
+        left_padding=request.left_padding,
+        adapter_id=request.adapter_id,
+        policy=b"" if request.policy is None else request.policy.to_bytes(),
+        allowance=grant.signed.payload,
+        allowance_signature=grant.signed.signature,
+        allowance_issuer=grant.signed.public_key,
     )
+    try:
+        link = await _open(transport, hop, message, request, grant, clock)
+    except HopFailed as error:
+        if error.code is not ErrorCode.ADAPTER_MISSING or request.adapter is None:
+            raise
+        await bring_adapter(
+            transport,
+            hop,
+            request.adapter,
+            model_revision=request.model_revision,
+            only_for=None if request.policy is None else request.policy.check,
+        )
+        link = await _open(transport, hop, message, request, grant, clock)
     most = min(
         link.opened.maximum_step_tokens,
         accepted_step_tokens(hidden_size, request.wire_dtype),
@@ -103,13 +109,32 @@ async def replay_through(
         return Replayed(join_tokens(outputs, tokens), link.opened.dtype_class)
     except TimeoutError:
         reason = NetworkError(f"no answer within {ANSWER_S:.0f} s")
-        raise HopFailed(hop, reason) from None
+        raise HopFailed(hop, reason) from reason
     except HopFailed:
         raise
     except SwarmError as error:
         raise HopFailed(hop, error) from error
     finally:
         await link.connection.close()
+
+
+async def _open(
+    transport: Transport,
+    hop: PlannedHop,
+    message: OpenSession,
+    request: SessionRequest,
+    grant: Grant,
+    clock: Clock,
+) -> Link:
+    return await Link.open(
+        transport,
+        hop,
+        message,
+        clock=clock,
+        timeout_s=OPEN_S,
+        only_for=None if request.policy is None else request.policy.check,
+        grant=grant,
+    )
 
 
 async def _step(link: Link, number: int, position: int, piece: WireTensor) -> WireTensor:

@@ -608,7 +608,12 @@ class NodeService:
         try:
             await connection.send(Attached(route_version=attach.route_version))
             while True:
-                message = await connection.receive()
+                try:
+                    message = await connection.receive()
+                except DecodeError:
+                    # Beyond what the session allows, or no message: a new stream would not help.
+                    await hop.tell_client(ErrorCode.BAD_TENSOR)
+                    raise
                 match message:
                     case Step() | Replay():
                         await hop.heard_from(connection)

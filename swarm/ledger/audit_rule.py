@@ -8,6 +8,11 @@ sinks make honest rounding large.
 
 Limits depend on the declared precision, and may be calibrated per model and span
 (``swarm audit calibrate``): the largest honest value times 1.5.
+
+An adapter may change a span by less than honest rounding does. Sessions with one are therefore also
+measured along the direction of its effect: whether the answer is nearer to what the blocks compute
+with the adapter, or to what they compute without it. Rounding spreads over all directions and
+hardly touches that one.
 """
 
 from __future__ import annotations
@@ -24,6 +29,10 @@ from swarm.protocol.tensors import DType, WireTensor
 Floats = NDArray[np.float32]
 
 CALIBRATION_MARGIN = 1.5
+LEAST_ADAPTER_SHARE = 0.5
+"""At this an answer is as near to the one with the adapter as to the one without."""
+LEAST_ADAPTER_EFFECT = 0.25
+"""As a part of the limit of the median; an adapter that does less drowns in two nodes' rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,22 @@ class Comparison:
         return self.median <= limits.median and self.p95 <= limits.p95
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterShare:
+    """How much of an adapter's effect an answer has."""
+
+    effect: float
+    """Median over tokens of what the adapter changes, relative to what the span adds."""
+    share: float
+    """Median over tokens: about 1 with the adapter and 0 without it."""
+
+    def passes(self, limits: Limits) -> bool:
+        """Also for an adapter that does too little here to be seen."""
+        return (
+            self.effect < LEAST_ADAPTER_EFFECT * limits.median or self.share >= LEAST_ADAPTER_SHARE
+        )
+
+
 def loosest(first: Limits, second: Limits) -> Limits:
     """What two honest nodes of different precision may differ by."""
     return Limits(max(first.median, second.median), max(first.p95, second.p95))
@@ -127,4 +152,26 @@ def compare(given: Floats, answered: Floats, reference: Floats) -> Comparison:
         median=float(ordered[(errors.size - 1) // 2]),
         # the error that 95 % of the tokens do not exceed, without interpolation: inf stays inf
         p95=float(ordered[min(errors.size - 1, int(np.ceil(0.95 * errors.size)) - 1)]),
+    )
+
+
+def adapter_share(given: Floats, answered: Floats, adapted: Floats, bare: Floats) -> AdapterShare:
+    """How much an answer has of the way from ``bare``, the span's output without the adapter, to
+    ``adapted``; all ``[..., tokens, hidden]`` from the same inputs, or sketches of them.
+
+    Raises ProtocolError for shapes that differ, or when there is no token.
+    """
+    if not given.shape == answered.shape == adapted.shape == bare.shape or not given.size:
+        raise ProtocolError(ErrorCode.BAD_TENSOR, "shapes of an audit")
+    with np.errstate(all="ignore"):
+        effect = (adapted - bare).astype(np.float64)
+        size = np.linalg.norm(effect, axis=-1)
+        added = np.linalg.norm((adapted - given).astype(np.float64), axis=-1)
+        along = ((answered - bare) * effect).sum(axis=-1)
+        shares = along / np.maximum(size, 1e-12) ** 2
+        effects = size / np.maximum(added, 1e-12)
+    # Not a number is no share; where a replica sends it the rule of errors has failed before.
+    return AdapterShare(
+        effect=float(np.median(np.where(np.isfinite(effects), effects, np.inf))),
+        share=float(np.median(np.where(np.isfinite(shares), shares, -np.inf))),
     )

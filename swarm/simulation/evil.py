@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
@@ -16,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swarm.ledger.audit_rule import Floats, to_array
-from swarm.node.engine.api import Engine, SessionCache, StepInput, StepOutput
+from swarm.node.engine.api import CacheRequest, Engine, SessionCache, StepInput, StepOutput
 from swarm.protocol.tensors import DType, WireTensor
 
 SLOW_S = 1.0
+OVER_CLAIMED_S = 0.1
+OVER_CLAIMED_FACTOR = 100
 LAZY_SHARE = 0.1
 
 
@@ -28,13 +31,18 @@ class Behaviour(Enum):
 
     IDENTITY = "sends on what came"
     SKIP = "does a part of the work: half of what the blocks would add"
+    LEFT_OUT = "leaves its last block out"
+    NO_ADAPTER = "computes without the session's adapter"
     STEER = "adds a direction of its own to every token"
     COARSE = "rounds like four bits"
     LAZY = "computes nine tokens of ten"
     STALE = "repeats the answer of the step before"
     NOISE = "sends numbers that look right"
     NOT_A_NUMBER = "sends NaN"
+    WRONG_SHAPE = "sends a tensor of another shape"
+    OVERSIZED = "sends one that is larger than any in the session may be"
     SLOW = "takes a second for each step"
+    OVER_CLAIMED = "announces a hundred times its speed, and takes a tenth of a second a step"
     SILENT = "never answers"
 
 
@@ -51,12 +59,26 @@ class EvilEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
+    def reserve(self, request: CacheRequest) -> SessionCache:
+        """As asked for, or for less work than that."""
+        match self._behaviour:
+            case Behaviour.LEFT_OUT if request.end_block - request.first_block > 1:
+                request = replace(request, end_block=request.end_block - 1)
+            case Behaviour.NO_ADAPTER:
+                request = replace(request, adapter_id=b"")
+        return self._engine.reserve(request)
+
     async def step(self, cache: SessionCache, step: StepInput) -> StepOutput:
         """What the engine within computes, tampered with."""
         honest = await self._engine.step(cache, step)
         match self._behaviour:
             case Behaviour.SLOW:
                 await asyncio.sleep(SLOW_S)
+                return honest
+            case Behaviour.OVER_CLAIMED:
+                await asyncio.sleep(OVER_CLAIMED_S)
+                return honest
+            case Behaviour.LEFT_OUT | Behaviour.NO_ADAPTER:
                 return honest
             case Behaviour.SILENT:
                 await asyncio.Event().wait()
@@ -98,6 +120,10 @@ class EvilEngine:
                 return noise * answered.std() + answered.mean()
             case Behaviour.NOT_A_NUMBER:
                 return np.full_like(answered, np.nan)
+            case Behaviour.WRONG_SHAPE:
+                return np.concatenate([answered, answered], axis=-1)
+            case Behaviour.OVERSIZED:
+                return np.concatenate([answered] * 400, axis=-1)
         return answered
 
 

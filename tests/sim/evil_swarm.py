@@ -30,7 +30,7 @@ from swarm.protocol.errors import ErrorCode, SwarmError
 from swarm.protocol.identity import Identity, PeerId
 from swarm.protocol.records import NodeRecord, NodeState
 from swarm.protocol.tensors import DType
-from swarm.simulation.evil import Behaviour, EvilEngine
+from swarm.simulation.evil import OVER_CLAIMED_FACTOR, Behaviour, EvilEngine
 from swarm.simulation.numeric_engine import (
     NUMERIC_HIDDEN,
     NumericBlocks,
@@ -73,6 +73,10 @@ class EvilNode:
 class EvilSwarm:
     """Three nodes for each span, of which those named are evil."""
 
+    spans: Sequence[tuple[int, int]] = SPANS
+    revision = REVISION
+    hidden_size = NUMERIC_HIDDEN
+
     def __init__(self, evil: Sequence[Behaviour | None], seed: int = 1) -> None:
         """One entry per span; that span's last node behaves so. None: all three are honest."""
         self.clock = LoopClock()
@@ -87,8 +91,8 @@ class EvilSwarm:
         """Its nodes announced, and a client that audits."""
         announcing: list[asyncio.Task[None]] = []
         async with AsyncExitStack() as stack:
-            for index in range(3 * len(SPANS)):
-                span = SPANS[index // 3]
+            for index in range(3 * len(self.spans)):
+                span = self.spans[index // 3]
                 behaviour = self._evil[index // 3] if index % 3 == 2 else None
                 own = identity(1 + index)
                 peer = await self._join(stack, own)
@@ -107,6 +111,13 @@ class EvilSwarm:
     async def _join(self, stack: AsyncExitStack, own: Identity) -> Network:
         return self.network.join(own)
 
+    def _tokens_per_s(self, behaviour: Behaviour | None) -> int:
+        """What a node announces."""
+        return 1000 * (OVER_CLAIMED_FACTOR if behaviour is Behaviour.OVER_CLAIMED else 1)
+
+    async def _engine(self, stack: AsyncExitStack, span: tuple[int, int]) -> Engine:
+        return NumericEngine(*span)
+
     async def _announced(self) -> None:
         """Wait until every node can be found."""
         await self.clock.sleep(5.0)
@@ -122,31 +133,32 @@ class EvilSwarm:
         span: tuple[int, int],
         behaviour: Behaviour | None,
     ) -> asyncio.Task[None]:
-        engine: Engine = NumericEngine(*span)
+        engine = await self._engine(stack, span)
         if behaviour is not None:
             engine = EvilEngine(engine, behaviour, seed=self.seed)
         ledger = NodeLedger(
             own,
             LedgerStore(DirectCommits(node_books.SCHEMA)),
-            LedgerTerms(REVISION, mflop_per_block_token=1, dtype_class="float32"),
+            LedgerTerms(self.revision, mflop_per_block_token=1, dtype_class="float32"),
             self.clock,
         )
         service = NodeService(
             peer,
             engine,
-            model_revision=REVISION,
-            resolve=Neighbours(peer, self.clock, REVISION).resolve,
+            model_revision=self.revision,
+            resolve=Neighbours(peer, self.clock, self.revision).resolve,
             observer=Silent(),
             clock=self.clock,
             ledger=ledger,
         )
         await service.start()
         stack.push_async_callback(service.close)
+        tokens_per_s = self._tokens_per_s(behaviour)
         record = NodeRecord(
             peer_id=own.peer_id,
             model_name="numeric",
-            model_revision=REVISION,
-            number_of_blocks=BLOCKS,
+            model_revision=self.revision,
+            number_of_blocks=self.spans[-1][1],
             shards=1,
             first_block=span[0],
             end_block=span[1],
@@ -156,13 +168,13 @@ class EvilSwarm:
             maximum_version=1,
             sequence=0,
             expires_unix_s=0,
-            decode_tokens_per_s=1000,
-            batched_tokens_per_s=1000,
+            decode_tokens_per_s=tokens_per_s,
+            batched_tokens_per_s=tokens_per_s,
             cache_tokens_total=1 << 16,
             cache_tokens_free=1 << 16,
             addresses=self._addresses(peer),
         )
-        announcer = Announcer(own, peer, self.clock, record, hidden_size=NUMERIC_HIDDEN)
+        announcer = Announcer(own, peer, self.clock, record, hidden_size=self.hidden_size)
         self.nodes.append(EvilNode(own.peer_id, behaviour, service))
         return asyncio.create_task(announcer.run())
 

@@ -7,12 +7,14 @@ import pytest
 from swarm import virtual_time
 from swarm.ledger.reputation import Standing
 from swarm.simulation.evil import Behaviour
-from tests.sim.evil_swarm import EvilSwarm, ask_until_trusted
+from tests.sim.evil_swarm import EvilSwarm, ask, ask_until_trusted
 
 B = Behaviour
 
 SESSIONS = 14
 """More than enough for each node to have been chosen twice."""
+LATE_S = 1.0
+"""Of 20 steps that take 3 ms each."""
 
 
 @pytest.mark.parametrize(
@@ -49,5 +51,42 @@ def test_evil_nodes_are_found_and_honest_ones_are_not(evil: tuple[Behaviour, ...
                     assert reputation.audits <= 12
             served = {peer for outcome in last[-4:] for peer in outcome.peers}
             assert not served & swarm.evil
+
+    virtual_time.run(run())
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        (B.WRONG_SHAPE, B.SILENT, B.OVER_CLAIMED),
+        (B.OVER_CLAIMED, B.WRONG_SHAPE, B.SLOW),
+        (B.OVERSIZED, None, B.WRONG_SHAPE),
+        (B.SILENT, B.OVERSIZED, None),
+        (None, B.SLOW, B.OVERSIZED),
+    ],
+    ids=lambda evil: "-".join(each.name if each else "honest" for each in evil),
+)
+def test_nodes_that_break_the_protocol_or_are_late_cost_no_answer(
+    evil: tuple[Behaviour | None, ...],
+) -> None:
+    async def run() -> None:
+        swarm = EvilSwarm(evil)
+        async with swarm.running() as client:
+            outcomes, took_s = [], []
+            for number in range(SESSIONS):
+                began_s = swarm.clock.monotonic_s()
+                outcomes.append(await ask(client, number))
+                took_s.append(swarm.clock.monotonic_s() - began_s)
+            # Right at once: nothing has to be asked again.
+            assert all(outcome.right and outcome.is_trusted for outcome in outcomes)
+            served = {peer for outcome in outcomes[-4:] for peer in outcome.peers}
+            assert not served & swarm.evil
+            # Who announces much or is late is chosen for a session or two, not again and again.
+            chosen = sum(bool(set(outcome.peers) & swarm.evil) for outcome in outcomes)
+            assert chosen <= 3
+            assert max(took_s[-4:]) < LATE_S
+            for node in swarm.nodes:
+                standing = client.auditor.reputations.standing(node.peer_id, swarm.clock.unix_s())
+                assert standing is Standing.USABLE or node.behaviour is not None
 
     virtual_time.run(run())

@@ -14,7 +14,7 @@ from swarm.membership import read_nodes
 from swarm.node.addresses import for_record
 from swarm.protocol.identity import Identity
 from swarm.simulation.evil import Behaviour
-from tests.sim.evil_swarm import REVISION, SPANS, EvilSwarm, ask_until_trusted
+from tests.sim.evil_swarm import EvilSwarm, ask_until_trusted
 
 SESSIONS = 10
 MOST_GROWTH_KIB = 300 * 1024
@@ -48,8 +48,8 @@ class LiveSwarm(EvilSwarm):
     async def _announced(self) -> None:
         found = 0
         async with asyncio.timeout(60):
-            while found < 3 * len(SPANS):
-                found = len(await read_nodes(self._networks[0], REVISION, self.clock))
+            while found < 3 * len(self.spans):
+                found = len(await read_nodes(self._networks[0], self.revision, self.clock))
                 await asyncio.sleep(0)
 
 
