@@ -169,9 +169,12 @@ def _conversation(messages: list[dict[str, str]], encoder: Encoder) -> Example:
         if one != other:
             break  # the tokenizer joins the prompt's end and the answer's begin
         common += 1
-    end = _end(encoder)
-    if not any(token in whole[common:] for token in end):
-        whole = [*whole, *end]
+    end = encoder.end_token_id
+    if end is not None and end in whole[common:]:
+        # What a template puts behind the answer's end is never generated, so not learned either.
+        whole = whole[: len(whole) - whole[::-1].index(end)]
+    else:
+        whole = [*whole, *_end(encoder)]
     return Example(tuple(whole), common)
 
 

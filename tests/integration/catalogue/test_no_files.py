@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from swarm.client.cli import app
+from tests.letters_tokenizer import LETTERS, save_letters_tokenizer
 
-LETTERS = " abcdefghijklmnopqrstuvwxyz?"
 BLOCKS = 4
 
 
@@ -39,9 +38,7 @@ def checkpoint(tmp_path: Path) -> Path:
         eos_token_id=None,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    letters = Tokenizer(models.WordLevel({letter: n for n, letter in enumerate(LETTERS)}, "?"))
-    letters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
+    save_letters_tokenizer(folder)
     return folder
 
 

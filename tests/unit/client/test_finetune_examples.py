@@ -64,6 +64,22 @@ def test_only_answers_are_learned(tmp_path: Path) -> None:
     assert [learned(example) for example in examples] == ["answer$", "four$", "tory$"]
 
 
+class EndedTurns(Letters):
+    """A template that ends each turn and puts a line break behind it."""
+
+    def chat(self, messages: Sequence[dict[str, str]], *, asks: bool) -> list[int]:
+        tokens: list[int] = []
+        for message in messages:
+            tokens += [*self.text(message["content"]), END, ord("\n")]
+        return tokens
+
+
+def test_nothing_behind_the_end_of_an_answer_is_learned(tmp_path: Path) -> None:
+    path = write(tmp_path, {"prompt": "ask", "completion": "answer"})
+    (example,) = read_examples(path, EndedTurns(), max_length=100)
+    assert learned(example) == "answer$"
+
+
 def test_long_examples_are_cut_and_empty_ones_left_out(tmp_path: Path) -> None:
     path = write(
         tmp_path,
