@@ -18,6 +18,7 @@ from swarm.client.audit_commands import app as audit_app
 from swarm.client.authority_commands import authority
 from swarm.client.config import SamplingSettings
 from swarm.client.finetune.commands import finetune
+from swarm.client.finetune.federation.commands import app as federate_app
 from swarm.client.gateway.commands import app as gateway_app
 from swarm.client.joining import (
     Config,
@@ -67,6 +68,7 @@ app.add_typer(adapters, name="adapters")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(audit_app, name="audit")
 app.add_typer(kit, name="kit")
+app.add_typer(federate_app)
 
 # --- flags that several commands share -----------------------------------------------------------
 Model = Annotated[

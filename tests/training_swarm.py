@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from swarm.catalogue.checkpoint import Checkpoint
 from swarm.client.bans import FailureKind
 from swarm.client.finetune.chain import TrainingChain, TrainingChainRequest, TrainingTimeouts
 from swarm.client.finetune.ends import TrainingEnds
+from swarm.client.finetune.examples import Example
 from swarm.client.finetune.model import BaseModel, base_model
 from swarm.memory_network import LinkSettings, MemoryNetwork, MemoryPeer, MemorySettings
 from swarm.node.engine.engine import SpanEngine, load_engine_blocking
@@ -200,3 +202,12 @@ async def training_swarm(
 
 def load_ends(folder: Path) -> TrainingEnds:
     return TrainingEnds.load(Checkpoint.open(folder))
+
+
+def make_examples(count: int, seed: int = 5) -> list[Example]:
+    dice = random.Random(seed)
+    examples = []
+    for _ in range(count):
+        tokens = tuple(dice.randrange(3, VOCABULARY) for _ in range(dice.randint(6, 20)))
+        examples.append(Example(tokens, dice.randint(0, 4)))
+    return examples

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from swarm.client.finetune.secure_sum import Words, decode, encode
-from swarm.protocol.errors import UsageError
+from swarm.client.finetune.secure_sum import SCALE, Words, decode, encode
+from swarm.protocol.errors import ErrorCode, ProtocolError, UsageError
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -41,6 +41,17 @@ def change_vector(before: Tensors, after: Tensors, examples: int, participants: 
 def vector_length(adapter: Tensors) -> int:
     """Of the vector of a participant."""
     return sum(adapter[name].numel() for name in adapter_names(adapter)) + 1
+
+
+def counted_examples(total: Words) -> int:
+    """Of all who are in the sum. Raises ProtocolError for a sum under masks that are left over.
+
+    Numbers of examples are whole; what is left of a mask hides that, but for one time in 2^24.
+    """
+    examples, rest = divmod(int(total.view(np.int64)[-1]), int(SCALE))
+    if rest or examples < 1:
+        raise ProtocolError(ErrorCode.BAD_TENSOR, "the masks do not cancel")
+    return examples
 
 
 def moved(before: Tensors, total: Words) -> dict[str, torch.Tensor]:

@@ -65,7 +65,7 @@ class Job:
 
 def run_job(job: Job, *, as_json: bool) -> None:
     """Train to the end, or to a snapshot after Ctrl-C. Raises SwarmErrors."""
-    with _progress(as_json) as progress, connected(job.join) as (background, client):
+    with shown_progress(as_json) as progress, connected(job.join) as (background, client):
         local = local_checkpoint(job.model)
         if local is None:
             local = background.run(client.fetch_ends(job.model, progress_line()))
@@ -75,14 +75,14 @@ def run_job(job: Job, *, as_json: bool) -> None:
         base = base_model(checkpoint, job.join.dtype)
         watcher = Watcher(progress, quiet=as_json)
         trainer = Trainer(
-            _Opener(client, base),
+            Opener(client, base),
             ends,
             base,
             job.settings,
             objective,
             job.out,
             clock=LoopClock(),
-            data_digest=_digest(job),
+            data_digest=data_digest(job),
             held_out=held_out,
             observer=watcher,
         )
@@ -157,7 +157,7 @@ def _both(objectives: Sequence[Objective]) -> tuple[Objective, Objective | None]
     return objectives[0], objectives[1] if len(objectives) > 1 else None
 
 
-class _Opener:
+class Opener:
     """Opens chains for one model."""
 
     def __init__(self, client: SwarmClient, base: BaseModel) -> None:
@@ -187,7 +187,8 @@ def _ctrl_c_stops(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(as_json: bool) -> Iterator[Progress | None]:
+def shown_progress(as_json: bool) -> Iterator[Progress | None]:
+    """A bar on stderr; None where nobody sees it."""
     if as_json or not sys.stderr.isatty():
         yield None
         return
@@ -200,7 +201,7 @@ def _progress(as_json: bool) -> Iterator[Progress | None]:
         yield progress
 
 
-def _digest(job: Job) -> str:
+def data_digest(job: Job) -> str:
     """Of the data as it is read."""
     try:
         content = job.data.read_bytes()

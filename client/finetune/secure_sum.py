@@ -42,6 +42,8 @@ from swarm.protocol.identity import Identity, PeerId, verify
 SCALE = 2.0**24
 LARGEST = 2.0**62
 CONTEXT = b"federated keys v1"
+ENCRYPTED_SHARE_BYTES = 2 * SHARE_BYTES + 16
+"""Of both secrets, and the cipher's tag."""
 
 Words = NDArray[np.uint64]
 
@@ -173,14 +175,17 @@ class Participant:
 
     def _channel(self, peer: PeerId, *, sent: bool = True) -> bytes:
         """A key for each direction: every key encrypts one message only, so the nonce may be 0."""
-        public = X25519PublicKey.from_public_bytes(self._others[peer].channel_key)
         own = self._identity.peer_id
         direction = f"{own}>{peer}" if sent else f"{peer}>{own}"
-        return _derive(self._channel_key.exchange(public), self._round_id + direction.encode())
+        secret = _exchanged(self._channel_key, self._others[peer].channel_key)
+        return _derive(secret, self._round_id + direction.encode())
 
 
 class Aggregator:
-    """Collects one round and adds it up; sees no vector but under its masks."""
+    """Collects one round and adds it up; sees no vector but under its masks.
+
+    Keeps the sum, not the vectors: its memory does not grow with the participants.
+    """
 
     def __init__(self, round_id: bytes, invited: Collection[PeerId], length: int) -> None:
         self._round_id = round_id
@@ -188,11 +193,17 @@ class Aggregator:
         self._length = length
         self._advertised: dict[PeerId, Advertised] = {}
         self._shares: dict[PeerId, Mapping[PeerId, bytes]] = {}
-        self._masked: dict[PeerId, Words] = {}
+        self._masked: set[PeerId] = set()
+        self._sum: Words = np.zeros(length, dtype=np.uint64)
 
     def add_keys(self, keys: Advertised) -> None:
+        """Keys that others could not use are refused here: they would stop everybody."""
         if keys.peer not in self._invited or keys.peer in self._advertised:
             raise ProtocolError(ErrorCode.NOT_NAMED_BY_SESSION, "not invited, or twice")
+        signed = self._round_id + keys.channel_key + keys.mask_key
+        verify(keys.peer, CONTEXT, signed, keys.signature)
+        for public_key in (keys.channel_key, keys.mask_key):
+            _exchanged(X25519PrivateKey.generate(), public_key)
         self._advertised[keys.peer] = keys
 
     def all_keys(self) -> list[Advertised]:
@@ -204,6 +215,8 @@ class Aggregator:
     def add_shares(self, sender: PeerId, shares: Mapping[PeerId, bytes]) -> None:
         if sender not in self._advertised or shares.keys() != self._advertised.keys():
             raise ProtocolError(ErrorCode.BAD_FIELD, "shares for other participants")
+        if any(len(share) != ENCRYPTED_SHARE_BYTES for share in shares.values()):
+            raise ProtocolError(ErrorCode.BAD_FIELD, "a share of a wrong size")
         self._shares[sender] = shares
 
     def shares_for(self, receiver: PeerId) -> dict[PeerId, bytes]:
@@ -212,7 +225,10 @@ class Aggregator:
     def add_masked(self, sender: PeerId, values: Words) -> None:
         if sender not in self._shares or values.shape != (self._length,):
             raise ProtocolError(ErrorCode.BAD_TENSOR, "a vector of another length")
-        self._masked[sender] = values
+        if sender in self._masked:
+            raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "a second vector")
+        self._masked.add(sender)
+        self._sum += values
 
     def stayed(self) -> list[PeerId]:
         """Raises NoRouteError when too few are left to take the masks away."""
@@ -221,16 +237,30 @@ class Aggregator:
             raise NoRouteError(f"{len(self._masked)} participants are left, {needed} are needed")
         return sorted(self._masked)
 
+    def check_unmasking(self, sender: PeerId, unmasking: Unmasking) -> None:
+        """Raises ProtocolError unless it has one share of each participant, of the right kind."""
+        if sender not in self._masked:
+            raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "unmasking by one who left")
+        gone = self._shares.keys() - self._masked
+        shares = (*unmasking.own_mask_shares.values(), *unmasking.key_shares.values())
+        if (
+            unmasking.own_mask_shares.keys() != self._masked
+            or unmasking.key_shares.keys() != gone
+            or any(len(share) != SHARE_BYTES for share in shares)
+        ):
+            raise ProtocolError(ErrorCode.BAD_FIELD, "shares of other participants")
+
     def total(self, unmaskings: Mapping[PeerId, Unmasking]) -> Words:
         """The exact sum of those who stayed. Raises NoRouteError, ProtocolError."""
         needed = threshold_of(len(self._advertised))
         if len(unmaskings) < needed:
             raise NoRouteError(f"{len(unmaskings)} participants unmask, {needed} are needed")
+        for sender, unmasking in unmaskings.items():
+            self.check_unmasking(sender, unmasking)
         places = {peer: place for place, peer in enumerate(sorted(self._advertised), 1)}
         present = self.stayed()
-        total: Words = np.zeros(self._length, dtype=np.uint64)
+        total = self._sum.copy()
         for peer in present:
-            total += self._masked[peer]
             seed = _join({places[p]: u.own_mask_shares[peer] for p, u in unmaskings.items()})
             total -= expand(seed, self._round_id, self._length)
         for gone in self._shares.keys() - set(present):
@@ -260,7 +290,7 @@ def pair_mask(
     length: int,
 ) -> Words:
     """What ``own`` adds for the pair; ``other`` adds the negative, modulo 2^64."""
-    secret = own_key.exchange(X25519PublicKey.from_public_bytes(other_key))
+    secret = _exchanged(own_key, other_key)
     words = expand(_derive(secret, b"mask" + round_id), round_id, length)
     return words if own < other else np.uint64(0) - words
 
@@ -270,6 +300,14 @@ def expand(seed: bytes, round_id: bytes, length: int) -> Words:
     key = _derive(seed, b"words" + round_id)
     encryptor = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
     return np.frombuffer(encryptor.update(bytes(8 * length)), dtype="<u8").astype(np.uint64)
+
+
+def _exchanged(own_key: X25519PrivateKey, public_key: bytes) -> bytes:
+    """The secret of a pair. Raises ProtocolError for a key of a wrong length or of small order."""
+    try:
+        return own_key.exchange(X25519PublicKey.from_public_bytes(public_key))
+    except ValueError:
+        raise ProtocolError(ErrorCode.BAD_FIELD, "a public key that cannot be used") from None
 
 
 def _derive(secret: bytes, purpose: bytes) -> bytes:

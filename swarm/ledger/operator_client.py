@@ -167,7 +167,7 @@ class OperatorClient:
         self, method: str, path: str, envelopes: Sequence[Envelope], maximum_bytes: int
     ) -> bytes:
         async with self._answer(method, path, envelopes, TIMEOUT_S) as response:
-            return await _read(response, maximum_bytes)
+            return await read_answer(response, maximum_bytes)
 
     @asynccontextmanager
     async def _answer(
@@ -184,23 +184,25 @@ class OperatorClient:
                 ) as response,
             ):
                 if response.status != 200:
-                    raise await _refusal(response)
+                    raise await refusal(response)
                 yield response
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise NetworkError(f"the operator at {self._url} does not answer") from error
 
 
-async def _refusal(response: aiohttp.ClientResponse) -> RemoteError:
+async def refusal(response: aiohttp.ClientResponse, peer: str = "operator") -> RemoteError:
+    """What an answer other than 200 says, by its code."""
     retry_after_s = response.headers.get("Retry-After", "0")
     retry_after_ms = 1000 * int(retry_after_s) if retry_after_s.isdigit() else 0
     try:
-        code = ErrorCode(json.loads(await _read(response, 4096))["code"])
+        code = ErrorCode(json.loads(await read_answer(response, 4096))["code"])
     except (ValueError, KeyError, TypeError, ProtocolError):
         code = ErrorCode.INTERNAL
-    return RemoteError(code, peer="operator", retry_after_ms=retry_after_ms)
+    return RemoteError(code, peer=peer, retry_after_ms=retry_after_ms)
 
 
-async def _read(response: aiohttp.ClientResponse, maximum_bytes: int) -> bytes:
+async def read_answer(response: aiohttp.ClientResponse, maximum_bytes: int) -> bytes:
+    """Raises ProtocolError(TOO_LARGE)."""
     parts = []
     left = maximum_bytes
     async for chunk in response.content.iter_any():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,9 @@ from swarm.protocol.errors import NoRouteError, SwarmError
 from swarm.protocol.identity import Identity
 from tests.federated_round import run_round
 from tests.training_swarm import (
-    VOCABULARY,
     TrainingSwarm,
     load_ends,
+    make_examples,
     save_tiny_model,
     training_swarm,
 )
@@ -47,15 +46,6 @@ torch.set_num_threads(1)
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("tiny")
     return folder, save_tiny_model(folder)
-
-
-def make_examples(count: int, seed: int = 5) -> list[Example]:
-    dice = random.Random(seed)
-    examples = []
-    for _ in range(count):
-        tokens = tuple(dice.randrange(3, VOCABULARY) for _ in range(dice.randint(6, 20)))
-        examples.append(Example(tokens, dice.randint(0, 4)))
-    return examples
 
 
 def make_pairs(count: int) -> list[Pair]:
