@@ -326,10 +326,12 @@ class SwarmClient:
                 request.adapter_id.hex()
             ):
                 raise PolicyUnmet("the policy does not allow this adapter", is_final=True)
+        grant = await self._grant(grants)
         needs = Needs(
             request.model_revision,
             number_of_blocks,
             tokens=request.rows * request.maximum_tokens,
+            route_seed=bytes.fromhex(grant.allowance.route_seed) if grant is not None else b"",
             dtype=dtype,
             preferred_adapter=request.adapter_id,
             policy=request.policy,
@@ -345,7 +347,7 @@ class SwarmClient:
             observer=self._observer,
             timeouts=self._timeouts_for(request),
             journal_budget=self._journals,
-            grant=await self._grant(grants),
+            grant=grant,
             sketcher=self._sketcher(request.hidden_size) if self._audits else None,
             on_finished=self._audit if self._audits else None,
         )

@@ -29,6 +29,7 @@ from swarm.client.bans import FailureKind
 from swarm.client.known_nodes import KnownNodes
 from swarm.connection import Connection
 from swarm.ledger.reputation import Reputations, Standing
+from swarm.ledger.rules import is_eligible
 from swarm.ports import Clock, Transport
 from swarm.protocol.errors import (
     ErrorCode,
@@ -78,6 +79,9 @@ LARGEST_DOUBT = 1.1
 take the one that it happened to measure faster."""
 LAST_RESORT_S = 60.0
 """What using a banned node costs in the choice: more than any detour."""
+UNPAID_S = 1.0
+"""What a node costs in the choice that the session's allowance cannot pay: it serves us last, and
+where others are near they shall earn what the allowance is for."""
 BRINGING_S = 0.05
 """What it costs in the choice to bring a node an adapter, spread over the tokens of an answer."""
 
@@ -149,7 +153,9 @@ class Router:
         for hop in plan.hops:
             known.opening(hop.peer_id)
         last_resorts = sum(self._is_last_resort(hop.peer_id) for hop in plan.hops)
-        return replace(plan, expected_step_s=plan.expected_step_s - last_resorts * LAST_RESORT_S)
+        unpaid = sum(not self._is_paid(hop.peer_id) for hop in plan.hops)
+        added_s = last_resorts * LAST_RESORT_S + unpaid * UNPAID_S
+        return replace(plan, expected_step_s=plan.expected_step_s - added_s)
 
     async def is_online(self) -> bool:
         """Whether any of a few nodes, whichever blocks they have, can be dialled."""
@@ -204,9 +210,16 @@ class Router:
         )
         if self._needs.preferred_adapter and not answer.load.has_adapter:
             entry = replace(entry, wait_s=entry.wait_s + BRINGING_S)
+        if not self._is_paid(peer):
+            entry = replace(entry, wait_s=entry.wait_s + UNPAID_S)
         if self._is_last_resort(peer):
             return replace(entry, wait_s=entry.wait_s + LAST_RESORT_S)
         return entry
+
+    def _is_paid(self, peer: PeerId) -> bool:
+        """Whether the session's allowance can pay it; others work for nothing."""
+        seed = self._needs.route_seed
+        return not seed or is_eligible(seed, peer)
 
     def _place(self, peer: PeerId | None) -> Place:
         if peer is None:
@@ -261,8 +274,12 @@ class Router:
         }
         waiting = [record for record in known if record.peer_id in unready]
         answers: list[_Answer] = []
-        # Banned nodes, and those that were not drawn, are asked when the others are not enough.
-        for group in (unbanned, usable, waiting):
+        # Banned nodes, those that were not sampled and those that the session's allowance cannot
+        # pay are asked when the others are not enough.
+        groups = [unbanned, usable, waiting]
+        if self._needs.route_seed:
+            groups.insert(0, [record for record in unbanned if self._is_paid(record.peer_id)])
+        for group in groups:
             asked = {answer.record.peer_id for answer in answers} | reasons.keys()
             group = [record for record in group if record.peer_id not in asked]
             if uncovered([answer.record for answer in answers] + group, first_block, end_block):

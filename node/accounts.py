@@ -22,6 +22,7 @@ from swarm.ledger.channel import (
 )
 from swarm.ledger.exposure import may_go_on
 from swarm.ledger.node_books import LedgerStore
+from swarm.ledger.rules import is_eligible
 from swarm.ledger.token_bucket import TokenBuckets
 from swarm.ledger.transcript import Transcript
 from swarm.ports import Clock
@@ -126,6 +127,11 @@ class NodeLedger:
         if issuer in self.terms.owner_keys:
             return Standing("owner", OWNER_PRIORITY, allowance, signed)
         priority = _CLASS_PRIORITY[allowance.allowance_class]
+        if allowance.route_seed and not is_eligible(
+            bytes.fromhex(allowance.route_seed), self._identity.peer_id
+        ):
+            # It cannot pay us: whoever sends it here gets no turn before others for it.
+            priority = LOWEST_PRIORITY
         if allowance.allowance_class != LOCAL:
             return Standing(allowance.serial, priority, allowance, signed)
         # Self-issued: a key that is made for each session has no history, one that stays has.

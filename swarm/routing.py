@@ -131,6 +131,8 @@ class Needs:
     """Id of an adapter that the client brings to nodes that lack it; those that have it are
     preferred."""
     versions: tuple[int, int] = (MINIMUM_VERSION, MAXIMUM_VERSION)
+    route_seed: bytes = b""
+    """The draw of a subsidised allowance: nodes that it can pay are preferred."""
     policy: Policy | None = None
     """Who may see anything of the session; None: everybody."""
     passport_of: PassportOf = _no_passport

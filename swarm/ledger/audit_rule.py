@@ -31,7 +31,7 @@ Floats = NDArray[np.float32]
 CALIBRATION_MARGIN = 1.5
 LEAST_ADAPTER_SHARE = 0.5
 """At this an answer is as near to the one with the adapter as to the one without."""
-LEAST_ADAPTER_EFFECT = 0.25
+LEAST_ADAPTER_EFFECT = 0.2
 """As a part of the limit of the median; an adapter that does less drowns in two nodes' rounding."""
 
 

@@ -12,6 +12,7 @@ import pytest
 from swarm.client.bans import FailureKind
 from swarm.client.known_nodes import INTEREST_S, MEASUREMENT_AGE_S, REFRESH_S
 from swarm.client.router import LONGEST_WAIT_S, SHORTEST_WAIT_S
+from swarm.ledger.rules import is_eligible, route_seed
 from swarm.membership import SHARDS_PER_READ
 from swarm.protocol.errors import NetworkError, NoRouteError
 from swarm.protocol.records import NodeState
@@ -130,6 +131,30 @@ def test_a_liar_gets_sessions_only_until_it_was_measured(
         ] * 19
         await asyncio.sleep(MEASUREMENT_AGE_S)  # it may be another machine by now
         assert (await client.session(10)).hops[0].peer_id == liar.peer.peer_id
+
+    simulate(story())
+
+
+@pytest.mark.parametrize("wanted", [5, 0])
+def test_an_allowance_of_public_money_goes_to_nodes_that_it_can_pay(
+    quiet_swarm: type[QuietSwarm], simulate: Simulate, wanted: int
+) -> None:
+    async def story() -> None:
+        swarm = quiet_swarm()
+        for _ in range(10):
+            await swarm.add()
+        seed = route_seed(b"beacon", "07" * 16, nodes_per_block=10, wanted=wanted)
+        drawn = {node.peer.peer_id for node in swarm.nodes if is_eligible(seed, node.peer.peer_id)}
+        assert bool(drawn) == bool(wanted)
+        client = swarm.client(route_seed=seed)
+        plans = [await client.session(10) for _ in range(20)]
+        served = {hop.peer_id for plan in plans for hop in plan.hops}
+        if drawn:
+            assert len(drawn) < 10
+            assert served == drawn
+        else:  # where nobody was drawn, answers come all the same
+            assert served
+        assert all(plan.expected_step_s < 1.0 for plan in plans)
 
     simulate(story())
 
