@@ -14,6 +14,7 @@ import typer
 from swarm.client.config import LEDGER_FILE, LEDGER_FILE_VARIABLE
 from swarm.client.joining import AsJson, outcome, own_files
 from swarm.command_results import print_result
+from swarm.protocol.errors import UsageError
 from swarm.threads import configure_threads_environment
 
 app = typer.Typer(no_args_is_help=True, help="Limits of audits, and what audits have found.")
@@ -36,17 +37,20 @@ def calibrate(
 ) -> None:
     """Measure how far honest nodes are from float32, and write the limits beside the checkpoint.
 
-    Takes minutes, and the memory of the model in float32 twice.
+    Takes minutes, and the memory of the model in float32 twice. `swarm models publish` then signs
+    the limits with the model. Those of a model that was fetched are its publisher's, and stay.
     """
     with outcome(as_json), own_files():
         texts = [path.read_text(encoding="utf-8", errors="replace") for path in text]
         configure_threads_environment()
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        from swarm.catalogue.checkpoint import resolve_checkpoint
+        from swarm.catalogue.checkpoint import read_manifest, resolve_checkpoint
         from swarm.client.calibration import SpanRunner, calibrate
         from swarm.ledger.calibrated import FILE_NAME, to_json
 
         folder = resolve_checkpoint(model)
+        if output is None and read_manifest(folder) is not None:
+            raise UsageError("this model came with a signed manifest: give --output")
         limits = calibrate(
             SpanRunner(folder),
             texts,

@@ -18,6 +18,7 @@ from swarm.catalogue.checkpoint import Checkpoint, TensorInfo
 from swarm.catalogue.hashed_parts import HashedParts, hashed_parts, read_range
 from swarm.catalogue.holdings import PlainDirectory
 from swarm.catalogue.safetensors_file import read_header, read_json
+from swarm.ledger.calibrated import FILE_NAME as AUDIT_LIMITS
 from swarm.protocol.errors import CheckpointError
 from swarm.protocol.manifest import Manifest, ManifestSignature, Part, make_manifest
 
@@ -35,6 +36,7 @@ FILES = (
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
+    AUDIT_LIMITS,
 )
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

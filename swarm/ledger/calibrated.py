@@ -1,4 +1,7 @@
-"""Calibrated limits of audits as they lie beside a checkpoint: read by every client."""
+"""Calibrated limits of audits as they lie beside a checkpoint: read by every client.
+
+The file is a part of the model's manifest, which the publisher signs.
+"""
 
 from __future__ import annotations
 

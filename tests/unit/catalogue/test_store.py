@@ -12,6 +12,8 @@ from swarm.catalogue.export import export_revision
 from swarm.catalogue.holdings import PlainDirectory
 from swarm.catalogue.mirror import FileMirror, write_mirror
 from swarm.catalogue.store import Store, StoredRevision
+from swarm.ledger.audit_rule import Limits, SpanLimits
+from swarm.ledger.calibrated import FILE_NAME, read_limits, to_json
 from swarm.protocol.errors import CapacityError, CheckpointError, UsageError
 from swarm.protocol.identity import Identity
 from swarm.protocol.manifest import Part, sign_manifest
@@ -51,6 +53,28 @@ def test_plain_and_fetched_directories_agree(
         fetched.read_into(fetched.tensors[name], memoryview(right))
         assert left == right
     assert [part.name for part in manifest.files()] == ["config.json", "tokenizer.json"]
+
+
+def test_calibrated_limits_are_signed_and_travel_with_the_model(
+    model_directory: Path, store: Store
+) -> None:
+    before = describe_model(Checkpoint.open(model_directory))
+    limits = SpanLimits({"bfloat16": {2: Limits(0.01, 0.02), 10: Limits(0.012, 0.025)}})
+    (model_directory / FILE_NAME).write_text(to_json(limits), encoding="ascii")
+    checkpoint = Checkpoint.open(model_directory)
+    manifest = describe_model(checkpoint)
+    # Other limits are another manifest, which has to be signed again, of the same weights.
+    assert manifest.revision == before.revision
+    assert manifest.digest != before.digest
+    source = model_holding(checkpoint, manifest)
+    stored = store.create(manifest)
+    copy(source, stored, manifest.files())
+    assert read_limits(stored.folder) == limits
+    (part,) = (part for part in manifest.files() if part.name == FILE_NAME)
+    (chunk,) = manifest.chunks_of((part,))
+    loosened = source.read_chunk(chunk).replace(b"10000", b"30000")
+    assert loosened != source.read_chunk(chunk)
+    assert not stored.put_chunk(chunk, loosened)
 
 
 def test_a_part_of_a_model_can_be_opened(source: PlainDirectory, store: Store) -> None:
