@@ -501,6 +501,7 @@ async def _grants(
         int(settings.allowance_credits * UNITS_PER_CREDIT),
         account,
         settings.allowance_budget,
+        settings.validates,
     )
     operator = await stack.enter_async_context(OperatorClient(settings.operator_url))
     return OperatorGrants(terms, operator, clock)

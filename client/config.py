@@ -77,6 +77,9 @@ class ClientSettings:
     """Key file of an account at the operator; None asks as an anonymous user."""
     allowance_budget: str = ""
     """A budget that the account may draw on; empty spends the account's own credit."""
+    validates: bool = False
+    """Whether the account is a validating organisation's: its sessions are challenges, which the
+    operator's audit budget pays, and which nodes cannot tell from others."""
     allowance_credits: float = 1.0
     """What one session may cost at most; what it does not use comes back."""
     audits: bool = False
@@ -257,16 +260,12 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
             typed[name] = tuple(value)
         elif name == "policy":
             typed[name] = value if isinstance(value, Policy) else Policy.from_mapping(value)
-        elif name == "hub":
+        elif name in ("hub", "audits", "validates"):
             if not isinstance(value, bool):
-                raise ConfigError("hub must be true or false")
+                raise ConfigError(f"{name} must be true or false")
             typed[name] = value
         elif name in PATHS:
             typed[name] = Path(value).expanduser()
-        elif name == "audits":
-            if not isinstance(value, bool):
-                raise ConfigError("audits must be true or false")
-            typed[name] = value
         elif name in ("dtype", "operator_url", "operator_key", "allowance_budget"):
             typed[name] = str(value)
         elif isinstance(value, int | float) and not isinstance(value, bool):

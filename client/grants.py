@@ -26,7 +26,7 @@ from swarm.protocol.errors import (
     RemoteError,
 )
 from swarm.protocol.identity import Identity
-from swarm.protocol.ledger_objects import ANONYMOUS, FUNDED, MEMBER, SERIAL_BYTES, sign
+from swarm.protocol.ledger_objects import ANONYMOUS, AUDIT, FUNDED, MEMBER, SERIAL_BYTES, sign
 from swarm.protocol.operator_objects import AllowanceRequest
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,9 @@ class GrantTerms:
     """None is an anonymous user."""
     budget: str = ""
     """A budget that the account may draw on; empty spends the account's own credit."""
+    validates: bool = False
+    """Whether the account is a validating organisation's, whose sessions are challenges: the
+    operator's audit budget pays, and nodes are shown an allowance like that of any account."""
     must_pay: bool = False
     """Whether a session that the operator refuses to grant is refused as well."""
 
@@ -70,7 +73,7 @@ class OperatorGrants:
 
     def of_account(self, account: Identity, budget: str) -> OperatorGrants:
         """Of the same operator, for sessions that another account has to pay for."""
-        terms = replace(self._terms, account=account, budget=budget, must_pay=True)
+        terms = replace(self._terms, account=account, budget=budget, validates=False, must_pay=True)
         return OperatorGrants(terms, self._operator, self._clock)
 
     async def take(self) -> Grant | None:
@@ -112,7 +115,7 @@ class OperatorGrants:
 
     def _request(self, key: Ed25519PrivateKey) -> AllowanceRequest:
         terms = self._terms
-        known = MEMBER if terms.budget else FUNDED
+        known = AUDIT if terms.validates else MEMBER if terms.budget else FUNDED
         return AllowanceRequest(
             request=secrets.token_hex(SERIAL_BYTES),
             account=terms.account.peer_id if terms.account else "",

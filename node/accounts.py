@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 OWNER_PRIORITY, FUNDED_PRIORITY, MEMBER_PRIORITY, LOWEST_PRIORITY = range(4)
 _CLASS_PRIORITY = {
     FUNDED: FUNDED_PRIORITY,
-    AUDIT: FUNDED_PRIORITY,  # looks and is served like what it pretends to be
+    AUDIT: FUNDED_PRIORITY,  # operators show challenges as funded; this is the same
     MEMBER: MEMBER_PRIORITY,
     ANONYMOUS: LOWEST_PRIORITY,
     LOCAL: LOWEST_PRIORITY,

@@ -83,7 +83,8 @@ def issue(
             per_node_units=request.maximum_units // policy.nodes_per_allowance,
             not_before_unix_s=now,
             expires_unix_s=now + request.lifetime_s,
-            allowance_class=request.allowance_class,
+            # A node must not know a challenge by what pays for it.
+            allowance_class=FUNDED if request.allowance_class == AUDIT else request.allowance_class,
             price_epoch=CURRENT_EPOCH,
             route_seed=seed.hex(),
         )
@@ -96,7 +97,7 @@ def issue(
                 serial,
                 request_id,
                 envelope.to_json(),
-                allowance.allowance_class,
+                request.allowance_class,
                 source,
                 payer,
                 organisation,
@@ -112,7 +113,7 @@ def issue(
         )
         amount = allowance.maximum_units
         postings = ((source, -amount), (HOLDS, amount))
-        detail = {"class": allowance.allowance_class}
+        detail = {"class": request.allowance_class}
         journal.post(
             Event("allowance", _hidden(journal, "allowance", serial), now, postings, detail)
         )

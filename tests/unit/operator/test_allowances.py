@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 
 import pytest
 
@@ -71,8 +72,12 @@ def test_classes_and_who_may_have_them() -> None:
     assert code_of(w.request, "alice", lifetime_s=0) is ErrorCode.BAD_FIELD
     w.mint("audit", CREDIT)
     w.organisation("uni", may_validate=True)
-    w.request("uni", allowance_class=AUDIT)
+    challenge = w.request("uni", allowance_class=AUDIT)
     assert w.books.journal.balance("budget:audit") == CREDIT - 10**6
+    # What a node is shown says nothing of that: it is like what the other accounts get.
+    ordinary = w.request("alice")
+    shown = challenge.allowance
+    assert shown == replace(ordinary.allowance, serial=shown.serial, voucher_key=shown.voucher_key)
 
 
 def test_anonymous_networks_have_a_bucket_that_fills_in_a_day() -> None:
