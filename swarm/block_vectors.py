@@ -127,6 +127,13 @@ class BlockVectors:
             count += replicas > 0
         return count
 
+    def outside_largest_organisation(self) -> Counts:
+        """Nodes of each block that do not belong to the organisation that hosts most."""
+        if not self.of_organisation:
+            return self.planned
+        largest = max(self.of_organisation.values(), key=lambda replicas: int(replicas.sum()))
+        return np.asarray(self.planned - largest, dtype=np.int64)
+
 
 def block_vectors(nodes: Iterable[PlacedNode], number_of_blocks: int) -> BlockVectors:
     """Aggregate what nodes announce; DRAINING ones count for nothing any more."""

@@ -326,9 +326,15 @@ def decision_interval_s(vectors: BlockVectors, settings: PlacementSettings = DEF
     """The mean time between two decisions of a node."""
     if is_urgent(vectors):
         return settings.urgent_interval_s
-    if vectors.replicas.min() < settings.emergency_replicas:
+    if vectors.replicas.min() < settings.emergency_replicas or depends_on_one(vectors):
         return settings.emergency_interval_s
     return settings.interval_s
+
+
+def depends_on_one(vectors: BlockVectors) -> bool:
+    """Whether some block needs the largest organisation although the others could host it."""
+    others = vectors.outside_largest_organisation()
+    return bool(others.min() == 0 and others.sum() >= vectors.number_of_blocks)
 
 
 def is_urgent(vectors: BlockVectors) -> bool:

@@ -28,6 +28,7 @@ from swarm.simulation.churn import CHURNS
 from swarm.simulation.control import simulate_control
 from swarm.simulation.outages import simulate_outage
 from swarm.simulation.placement import PETALS, POTENTIAL, PlacementRun, simulate_placement
+from swarm.simulation.population import ORGANISATIONS
 from swarm.simulation.routing import RoutingRun, Strategy, simulate_routing
 from swarm.simulation.sessions import SessionRun, simulate_sessions
 
@@ -47,6 +48,9 @@ class PlacementRow:
     seeds: int = SEEDS
 
 
+WITHOUT_LARGEST = "without largest"
+"""The potential in a swarm that the largest organisation never joined: what the others can do."""
+LARGEST_ORGANISATION = ORGANISATIONS[0][0]
 PLACEMENT_ROWS = (
     PlacementRow(20, 32, "normal"),
     PlacementRow(20, 80, "normal"),
@@ -77,15 +81,17 @@ def placement_runs(quick: bool) -> Iterator[tuple[Result, Callable[[], Any]]]:
     rows = PLACEMENT_ROWS if not quick else (PlacementRow(20, 80, "heavy", 2.0, 1.0, 1),)
     for seed in range(SEEDS):
         for row in (row for row in rows if seed < row.seeds):
-            for rule in (POTENTIAL, PETALS):
+            for rule in (POTENTIAL, PETALS, WITHOUT_LARGEST)[: 3 if row.blocks == 126 else 2]:
+                alone = rule == WITHOUT_LARGEST
                 run = PlacementRun(
                     row.nodes,
                     row.blocks,
                     CHURNS[row.churn],
-                    rule=rule,
+                    rule=POTENTIAL if alone else rule,
                     seed=seed,
                     hours=row.hours,
                     warm_up_hours=row.warm_up_hours,
+                    without_organisation=LARGEST_ORGANISATION if alone else "",
                 )
                 what = {"nodes": row.nodes, "blocks": row.blocks, "churn": row.churn, "rule": rule}
                 yield {**what, "seed": seed}, partial(simulate_placement, run)
@@ -167,10 +173,11 @@ def grouped(results: Sequence[Result], *names: str) -> dict[tuple[Any, ...], lis
 def placement_table(results: Sequence[Result]) -> list[str]:
     lines = [
         "| nodes, blocks, churn (seeds) | copies | rule | weakest stretch | weakest block | >= 1 "
-        "| >= 2 | moves | blocks loaded | hops | outlives largest organisation | countries alone |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| >= 2 | moves | blocks loaded | hops | countries alone |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (nodes, blocks, churn), of_row in grouped(results, "nodes", "blocks", "churn").items():
+    compared = [line for line in results if line["rule"] != WITHOUT_LARGEST]
+    for (nodes, blocks, churn), of_row in grouped(compared, "nodes", "blocks", "churn").items():
         for (rule,), runs in grouped(of_row, "rule").items():
             shares = [f"{100 * mean(runs, name):.1f} %" for name in ("covered", "covered_twice")]
             lines.append(
@@ -179,9 +186,30 @@ def placement_table(results: Sequence[Result]) -> list[str]:
                 f"| {mean(runs, 'weakest_block'):.3f} | {shares[0]} | {shares[1]} "
                 f"| {mean(runs, 'moves_per_node_day'):.1f} "
                 f"| {mean(runs, 'blocks_loaded_per_node_day'):.1f} | {mean(runs, 'hops'):.1f} "
-                f"| {100 * mean(runs, 'outlives_organisation'):.0f} % "
-                f"| {100 * mean(runs, 'countries_alone'):.0f} % |"
+                f"| {100 * mean(runs, 'countries_alone'):.1f} % |"
             )
+    return [*lines, "", *organisation_table(results)]
+
+
+def organisation_table(results: Sequence[Result]) -> list[str]:
+    """Survival of the largest organisation's loss, beside what is possible."""
+    lines = [
+        "| nodes, blocks, churn (seeds) | possible | potential | petals | the others alone |",
+        "|---|---|---|---|---|",
+    ]
+    for (nodes, blocks, churn), of_row in grouped(results, "nodes", "blocks", "churn").items():
+        by_rule = {rule: runs for (rule,), runs in grouped(of_row, "rule").items()}
+        potential = by_rule.get(POTENTIAL, [])
+        shares = [
+            f"{100 * mean(runs, name):.1f} %" if runs else ""
+            for runs, name in (
+                (potential, "could_outlive"),
+                (potential, "outlives_organisation"),
+                (by_rule.get(PETALS), "outlives_organisation"),
+                (by_rule.get(WITHOUT_LARGEST), "covered"),
+            )
+        ]
+        lines.append(f"| {nodes:,}, {blocks}, {churn} ({len(potential)}) | {' | '.join(shares)} |")
     return lines
 
 

@@ -58,6 +58,8 @@ class PlacementRun:
     warm_up_hours: float = 2.0
     sample_s: float = 300.0
     settings: PlacementSettings = DEFAULTS
+    without_organisation: str = ""
+    """Leave its volunteers away; all others come, stay and go as they would with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,8 @@ class PlacementResult:
     """Of the shortest chain, while there is one."""
     outlives_organisation: float
     """Share of time in which the largest organisation could go and every block would stay."""
+    could_outlive: float
+    """Share of time in which the others hosted enough blocks for that, wherever they were."""
     countries_alone: float
     """Share of countries with 1.5x the nodes they need that are covered by their own; 1 of none."""
     digest: str
@@ -95,7 +99,11 @@ async def _simulate(run: PlacementRun) -> PlacementResult:
     model = MODELS[run.blocks]
     world = World(run.blocks)
     volunteers = draw_volunteers(_population(run), model, dice_of(run.seed, "who"))
-    lives = [make_life(run, world, model, volunteer) for volunteer in volunteers]
+    lives = [
+        make_life(run, world, model, volunteer)
+        for volunteer in volunteers
+        if not volunteer.organisation or volunteer.organisation != run.without_organisation
+    ]
     async with asyncio.TaskGroup() as group:
         settle(lives)
         tasks = [group.create_task(life.run()) for life in lives]
@@ -133,6 +141,7 @@ def _result(run: PlacementRun, world: World) -> PlacementResult:
         blocks_loaded_per_node_day=world.blocks_loaded / node_days,
         hops=fmean(hops) if hops else 0.0,
         outlives_organisation=fmean(samples.outlives_organisation),
+        could_outlive=fmean(samples.could_outlive),
         countries_alone=fmean(samples.country_alone) if samples.country_alone else 1.0,
         digest=world.digest(),
     )

@@ -58,6 +58,8 @@ class Samples:
     present: list[int] = field(default_factory=list)
     outlives_organisation: list[bool] = field(default_factory=list)
     """Whether every block has a node outside of the largest organisation."""
+    could_outlive: list[bool] = field(default_factory=list)
+    """Whether the nodes outside of it host enough blocks for that at all."""
     country_alone: list[bool] = field(default_factory=list)
     """For each country with 1.5x the nodes that it needs: whether these cover the model."""
 
@@ -245,15 +247,21 @@ class World:
         samples.fewest_hops.append(fewest_hops(serving, total))
         samples.present.append(len(present))
         samples.outlives_organisation.append(outlives_largest_organisation(vectors))
+        samples.could_outlive.append(could_outlive_largest_organisation(vectors))
         samples.country_alone += countries_alone(vectors)
 
 
 def outlives_largest_organisation(vectors: BlockVectors) -> bool:
     """Whether all blocks stay covered without the organisation that hosts most."""
-    if not vectors.of_organisation:
-        return bool(vectors.planned.min() > 0)
-    largest = max(vectors.of_organisation.values(), key=lambda replicas: int(replicas.sum()))
-    return bool((vectors.planned - largest).min() > 0)
+    return bool(vectors.outside_largest_organisation().min() > 0)
+
+
+def could_outlive_largest_organisation(vectors: BlockVectors) -> bool:
+    """Whether some placement of the same nodes would let that organisation go.
+
+    Spans may be laid anywhere, so that one after the other they cover as many blocks as they have.
+    """
+    return int(vectors.outside_largest_organisation().sum()) >= vectors.number_of_blocks
 
 
 def countries_alone(vectors: BlockVectors) -> list[bool]:

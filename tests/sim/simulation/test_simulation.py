@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,11 @@ from swarm.simulation.placement import PETALS, POTENTIAL, PlacementRun, simulate
 from swarm.simulation.population import MODELS, dice_of, draw_volunteers
 from swarm.simulation.routing import RoutingRun, Strategy, cheapest_chain, simulate_routing
 from swarm.simulation.sessions import SessionRun, simulate_sessions
-from swarm.simulation.world import countries_alone, outlives_largest_organisation
+from swarm.simulation.world import (
+    could_outlive_largest_organisation,
+    countries_alone,
+    outlives_largest_organisation,
+)
 
 SHORT = PlacementRun(20, 80, HEAVY, hours=0.5, warm_up_hours=0.5, seed=3)
 
@@ -77,6 +82,16 @@ def test_both_rules_meet_the_same_volunteers_and_churn() -> None:
     )
     assert mine.nodes == theirs.nodes
     assert mine.leaves_per_node_day == theirs.leaves_per_node_day > 0
+
+
+def test_the_others_live_the_same_lives_without_an_organisation() -> None:
+    run = PlacementRun(12, 32, HEAVY, hours=0.5, warm_up_hours=0.25, seed=1)
+    all_of_them, others = (
+        simulate_placement(replace(run, without_organisation=name)) for name in ("", "org-0")
+    )
+    assert 0 < others.nodes < all_of_them.nodes
+    assert 0 < others.redundancy < all_of_them.redundancy
+    assert all_of_them.outlives_organisation <= all_of_them.could_outlive
 
 
 def test_a_swarm_that_lost_a_third_is_whole_again() -> None:
@@ -148,7 +163,11 @@ def test_organisations_and_countries_that_stand_alone() -> None:
     swarm = [node("1", 0, 4, "a", "AA"), node("2", 0, 4, "a", "AA"), node("3", 0, 3, "b", "BB")]
     vectors = block_vectors(swarm, 4)
     assert not outlives_largest_organisation(vectors)
+    assert not could_outlive_largest_organisation(vectors)  # three blocks are not four
     assert countries_alone(vectors) == [True]
+    doubled = block_vectors([*swarm, node("5", 0, 3, "c", "CC")], 4)
+    assert could_outlive_largest_organisation(doubled)
+    assert not outlives_largest_organisation(doubled)
     swarm.append(node("4", 3, 4, "b", "BB"))
     assert outlives_largest_organisation(block_vectors(swarm, 4))
 

@@ -321,6 +321,17 @@ def test_the_fewer_replicas_the_sooner_nodes_decide() -> None:
     assert [interval_s(replicas) for replicas in range(3)] == [10.0, 60.0, 300.0]
 
 
+def test_nodes_decide_sooner_while_a_block_needs_one_organisation() -> None:
+    def interval_s(*others: PlacedNode) -> float:
+        swarm = [*(node(i, 0, 4, organisation="a") for i in range(4)), *others]
+        return decision_interval_s(block_vectors(swarm, 4))
+
+    assert interval_s(node("b", 0, 3, organisation="b")) == 300.0  # three blocks are not four
+    half = [node(name, 0, 2, organisation=name) for name in "bc"]
+    assert interval_s(*half) == 60.0
+    assert interval_s(half[0], node("c", 2, 4, organisation="c")) == 300.0
+
+
 def test_a_gap_is_closed_with_a_small_span_that_loads_fast() -> None:
     swarm = [node((i, first), first, end) for i in range(4) for first, end in ((0, 3), (3, 5))]
     swarm += [node((i, 6), 6, 9) for i in range(4)]
