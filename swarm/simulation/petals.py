@@ -10,10 +10,11 @@ downloads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
-from swarm.block_vectors import PlacedNode, Vector
+from swarm.block_vectors import Counts, PlacedNode, Vector
 from swarm.virtual_time import LoopClock
 
 BALANCE_QUALITY = 0.75
@@ -35,9 +36,11 @@ def throughputs(nodes: Sequence[PlacedNode], number_of_blocks: int) -> Vector:
 
 def choose_start(of_blocks: Vector, size: int) -> int:
     """The window whose sorted throughputs are lexicographically smallest."""
-    windows = np.lib.stride_tricks.sliding_window_view(of_blocks, size)
+    windows = of_blocks[_windows(len(of_blocks), size)]
     smallest = windows.min(axis=1)
     candidates = np.flatnonzero(smallest == smallest.min())
+    if len(candidates) == 1:
+        return int(candidates[0])
     windows = np.sort(windows[candidates], axis=1)
     rows = np.arange(len(candidates))
     for column in range(size):
@@ -46,6 +49,13 @@ def choose_start(of_blocks: Vector, size: int) -> int:
         values = windows[rows, column]
         rows = rows[values == values.min()]
     return int(candidates[rows[0]])
+
+
+@cache
+def _windows(number_of_blocks: int, size: int) -> Counts:
+    """The blocks of each window ``[number_of_blocks - size + 1, size]``."""
+    first = np.arange(number_of_blocks - size + 1)
+    return np.asarray(first[:, None] + np.arange(size), dtype=np.int64)
 
 
 def wants_elsewhere(node: PlacedNode, nodes: Sequence[PlacedNode], number_of_blocks: int) -> bool:
