@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -138,14 +138,21 @@ PARTS: dict[str, Callable[[bool], Iterator[tuple[Result, Callable[[], Any]]]]] =
 
 
 def simulate(
-    parts: Iterable[str], *, quick: bool, nodes: Sequence[int], json_file: Path | None
+    parts: Iterable[str],
+    *,
+    quick: bool,
+    nodes: Collection[int],
+    rules: Collection[str],
+    json_file: Path | None,
 ) -> list[Result]:
-    """Run, print each result, and append it to the file."""
+    """Run, print each result, and append it to the file. No ``nodes`` or no ``rules``: all."""
     console = Console()
     results = []
     for part in parts:
         for what, run in PARTS[part](quick):
             if nodes and what["nodes"] not in nodes:
+                continue
+            if rules and what.get("rule") not in rules:
                 continue
             started_s = time.monotonic()
             result = asdict(run())
@@ -298,6 +305,7 @@ def main() -> None:
     )
     parser.add_argument("--part", action="append", choices=sorted(PARTS), help="default: all")
     parser.add_argument("--nodes", type=int, action="append", default=[], help="only these sizes")
+    parser.add_argument("--rule", action="append", default=[], help="only these rules or choices")
     parser.add_argument("--quick", action="store_true", help="one small run of each part")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append a line for each run")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only print its tables")
@@ -307,9 +315,14 @@ def main() -> None:
         print_tables([json.loads(line) for line in lines])
         return
     parts = arguments.part or list(PARTS)
-    print_tables(
-        simulate(parts, quick=arguments.quick, nodes=arguments.nodes, json_file=arguments.json)
+    results = simulate(
+        parts,
+        quick=arguments.quick,
+        nodes=arguments.nodes,
+        rules=arguments.rule,
+        json_file=arguments.json,
     )
+    print_tables(results)
 
 
 if __name__ == "__main__":
