@@ -7,11 +7,14 @@ in a fixed point (a potential game): a node that moves raises what all others ma
     f = - (mean / (throughput + 0.02 mean))^3         the weakest block is the swarm's speed
         - 0.3 (3 - expected replicas)+^2              a node that just came may go again
         - 1.0 (2 - organisations)+^2                  one organisation fails as one
+        - 3.0 spare (3 - organisations)+^2            and the second one's node may go meanwhile
         - 0.01 share (its mean / its throughput)^3    a country with nodes to spare stands alone
 
 ``throughput`` of a block is the sum of (batched speed / blocks hosted) of its nodes and ``mean``
 all speed / blocks of the model, which no placement can exceed. A block without any throughput
-costs 125,000 (the 0.02), so that coverage comes before everything else. Where replicas are scarce
+costs 125,000 (the 0.02), so that coverage comes before everything else. ``spare`` grows from 0 to
+1 between two and three expected replicas: with fewer a third organisation would cost throughput,
+and save nothing. Where replicas are scarce
 the exponent is 2: replicas and organisations weigh more then, and nodes move less often.
 
 A node counts where it will be: JOINING and MOVING nodes at their target. A move must never uncover
@@ -49,6 +52,10 @@ class PlacementSettings:
     replica_weight: float = 0.3
     wanted_organisations: int = 2
     organisation_weight: float = 1.0
+    spare_organisation_weight: float = 3.0
+    """Of one organisation more than the wanted ones, where there are replicas to spare."""
+    spare_replicas: float = 2.0
+    """Those beyond this mean of expected replicas, up to one."""
     country_weight: float = 0.01
     """Enough to close a country's gaps (each counts 125,000 of these); more costs moves."""
     country_redundancy: float = 1.5
@@ -107,7 +114,10 @@ def gains(
     total = others.number_of_blocks
     share = node.speed / size
     mean = max((others.speed + node.speed) / total, 1e-9)
-    exponent = _exponent(others, node, size, settings)
+    replicas = (float(others.replicas.sum()) + size * node.availability) / total
+    scarce = replicas < settings.scarce_replicas
+    exponent = settings.scarce_exponent if scarce else settings.exponent
+    spare = min(max(replicas - settings.spare_replicas, 0.0), 1.0)
     organisations = others.organisations()
     own = others.of_organisation.get(node.organisation)
     is_new = np.ones(total, dtype=np.int64) if own is None else (own == 0).astype(np.int64)
@@ -117,19 +127,12 @@ def gains(
         organisations + is_new,
         mean,
         exponent,
+        spare,
         settings,
-    ) - _value(others.throughput, others.replicas, organisations, mean, exponent, settings)
+    ) - _value(others.throughput, others.replicas, organisations, mean, exponent, spare, settings)
     gained += _gained_in_country(others, node, size, exponent, settings)
     sums = np.concatenate(([0.0], np.cumsum(gained)))
     return np.asarray(sums[size:] - sums[:-size], dtype=np.float64)
-
-
-def _exponent(
-    others: BlockVectors, node: PlacedNode, size: int, settings: PlacementSettings
-) -> float:
-    replicas = float(others.replicas.sum()) + size * node.availability
-    scarce = replicas < settings.scarce_replicas * others.number_of_blocks
-    return settings.scarce_exponent if scarce else settings.exponent
 
 
 def _value(
@@ -138,12 +141,15 @@ def _value(
     organisations: Counts,
     mean: float,
     exponent: float,
+    spare: float,
     s: PlacementSettings,
 ) -> Vector:
     weak = (mean / (throughput + s.throughput_floor * mean)) ** exponent
     lonely = np.maximum(0.0, s.wanted_replicas - replicas) ** 2
-    dependent = np.maximum(0, s.wanted_organisations - organisations) ** 2
-    return np.asarray(-weak - s.replica_weight * lonely - s.organisation_weight * dependent)
+    missing = s.wanted_organisations - organisations
+    dependent = s.organisation_weight * np.maximum(0, missing) ** 2
+    dependent = dependent + s.spare_organisation_weight * spare * np.maximum(0, missing + 1) ** 2
+    return np.asarray(-weak - s.replica_weight * lonely - dependent)
 
 
 def _gained_in_country(
@@ -326,15 +332,9 @@ def decision_interval_s(vectors: BlockVectors, settings: PlacementSettings = DEF
     """The mean time between two decisions of a node."""
     if is_urgent(vectors):
         return settings.urgent_interval_s
-    if vectors.replicas.min() < settings.emergency_replicas or depends_on_one(vectors):
+    if vectors.replicas.min() < settings.emergency_replicas:
         return settings.emergency_interval_s
     return settings.interval_s
-
-
-def depends_on_one(vectors: BlockVectors) -> bool:
-    """Whether some block needs the largest organisation although the others could host it."""
-    others = vectors.outside_largest_organisation()
-    return bool(others.min() == 0 and others.sum() >= vectors.number_of_blocks)
 
 
 def is_urgent(vectors: BlockVectors) -> bool:

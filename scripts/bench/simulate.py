@@ -43,8 +43,8 @@ class PlacementRow:
     nodes: int
     blocks: int
     churn: str
-    hours: float = 4.0
-    warm_up_hours: float = 1.0
+    hours: float = 2.0
+    warm_up_hours: float = 0.5
     seeds: int = SEEDS
 
 

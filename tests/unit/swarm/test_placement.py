@@ -62,6 +62,7 @@ def potential(nodes: Sequence[PlacedNode], blocks: int) -> float:
         owners = {n.organisation or n.peer_id for n in here}
         total -= (mean / (throughput + 0.02 * mean)) ** exponent
         total -= 0.3 * max(0.0, 3 - replicas) ** 2 + max(0, 2 - len(owners)) ** 2
+        total -= 3 * min(max(expected / blocks - 2, 0), 1) * max(0, 3 - len(owners)) ** 2
         for country in countries:
             own = [n for n in nodes if n.country == country]
             own_hosted = sum(n.planned[1] - n.planned[0] for n in own)
@@ -319,17 +320,6 @@ def test_the_fewer_replicas_the_sooner_nodes_decide() -> None:
         return decision_interval_s(block_vectors(swarm, 4))
 
     assert [interval_s(replicas) for replicas in range(3)] == [10.0, 60.0, 300.0]
-
-
-def test_nodes_decide_sooner_while_a_block_needs_one_organisation() -> None:
-    def interval_s(*others: PlacedNode) -> float:
-        swarm = [*(node(i, 0, 4, organisation="a") for i in range(4)), *others]
-        return decision_interval_s(block_vectors(swarm, 4))
-
-    assert interval_s(node("b", 0, 3, organisation="b")) == 300.0  # three blocks are not four
-    half = [node(name, 0, 2, organisation=name) for name in "bc"]
-    assert interval_s(*half) == 60.0
-    assert interval_s(half[0], node("c", 2, 4, organisation="c")) == 300.0
 
 
 def test_a_gap_is_closed_with_a_small_span_that_loads_fast() -> None:
