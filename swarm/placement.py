@@ -7,13 +7,13 @@ in a fixed point (a potential game): a node that moves raises what all others ma
     f = - (mean / (throughput + 0.02 mean))^3         the weakest block is the swarm's speed
         - 0.3 (3 - expected replicas)+^2              a node that just came may go again
         - 1.0 (2 - organisations)+^2                  one organisation fails as one
-        - 3.0 spare (3 - organisations)+^2            and the second one's node may go meanwhile
+        - 2.0 spare (3 - organisations)+^2            and the second one's node may go meanwhile
         - 0.01 share (its mean / its throughput)^3    a country with nodes to spare stands alone
 
 ``throughput`` of a block is the sum of (batched speed / blocks hosted) of its nodes and ``mean``
 all speed / blocks of the model, which no placement can exceed. A block without any throughput
 costs 125,000 (the 0.02), so that coverage comes before everything else. ``spare`` grows from 0 to
-1 between two and three expected replicas: with fewer a third organisation would cost throughput,
+1 between 2.6 and 3.6 expected replicas: with fewer a third organisation would cost throughput,
 and save nothing. Where replicas are scarce
 the exponent is 2: replicas and organisations weigh more then, and nodes move less often.
 
@@ -52,9 +52,9 @@ class PlacementSettings:
     replica_weight: float = 0.3
     wanted_organisations: int = 2
     organisation_weight: float = 1.0
-    spare_organisation_weight: float = 3.0
+    spare_organisation_weight: float = 2.0
     """Of one organisation more than the wanted ones, where there are replicas to spare."""
-    spare_replicas: float = 2.0
+    spare_replicas: float = 2.6
     """Those beyond this mean of expected replicas, up to one."""
     country_weight: float = 0.01
     """Enough to close a country's gaps (each counts 125,000 of these); more costs moves."""

@@ -27,10 +27,22 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_near_replicas_share_the_sessions_and_a_far_one_gets_none(checkpoint: Path) -> None:
+@pytest.fixture
+def network_lab() -> None:
     reason = why_unavailable()
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("network_lab")
+def test_near_replicas_share_the_sessions_and_a_far_one_gets_none(checkpoint: Path) -> None:
     one, other, far = usage(checkpoint, (NEAR, NEAR, FAR), clients=8, sessions=6).shares
     assert far < 0.05
     assert max(one, other) <= 0.65
+
+
+@pytest.mark.usefixtures("network_lab")
+def test_a_near_replica_alone_is_not_helped_by_a_far_one(checkpoint: Path) -> None:
+    near, far = usage(checkpoint, (NEAR, FAR), clients=8, sessions=4).shares
+    assert far < 0.05
+    assert near + far == 1.0
