@@ -13,9 +13,9 @@ in a fixed point (a potential game): a node that moves raises what all others ma
 ``throughput`` of a block is the sum of (batched speed / blocks hosted) of its nodes and ``mean``
 all speed / blocks of the model, which no placement can exceed. A block without any throughput
 costs 125,000 (the 0.02), so that coverage comes before everything else. ``spare`` grows from 0 to
-1 between 2.6 and 3.6 expected replicas: with fewer a third organisation would cost throughput,
-and save nothing. Where replicas are scarce
-the exponent is 2: replicas and organisations weigh more then, and nodes move less often.
+1 between three and four copies of the model: with fewer a third organisation costs throughput and
+saves nothing. Where replicas are scarce the exponent is 2: replicas and organisations weigh more
+then, and nodes move less often.
 
 A node counts where it will be: JOINING and MOVING nodes at their target. A move must never uncover
 a block, so leaving counts only others that serve it now and do not mean to leave it: movers publish
@@ -54,8 +54,8 @@ class PlacementSettings:
     organisation_weight: float = 1.0
     spare_organisation_weight: float = 2.0
     """Of one organisation more than the wanted ones, where there are replicas to spare."""
-    spare_replicas: float = 2.6
-    """Those beyond this mean of expected replicas, up to one."""
+    kept_redundancy: float = 3.0
+    """Copies of the model; the next one is to spare for a third organisation."""
     country_weight: float = 0.01
     """Enough to close a country's gaps (each counts 125,000 of these); more costs moves."""
     country_redundancy: float = 1.5
@@ -114,10 +114,8 @@ def gains(
     total = others.number_of_blocks
     share = node.speed / size
     mean = max((others.speed + node.speed) / total, 1e-9)
-    replicas = (float(others.replicas.sum()) + size * node.availability) / total
-    scarce = replicas < settings.scarce_replicas
-    exponent = settings.scarce_exponent if scarce else settings.exponent
-    spare = min(max(replicas - settings.spare_replicas, 0.0), 1.0)
+    exponent = _exponent(others, node, size, settings)
+    spare = min(max(others.redundancy + size / total - settings.kept_redundancy, 0.0), 1.0)
     organisations = others.organisations()
     own = others.of_organisation.get(node.organisation)
     is_new = np.ones(total, dtype=np.int64) if own is None else (own == 0).astype(np.int64)
@@ -133,6 +131,14 @@ def gains(
     gained += _gained_in_country(others, node, size, exponent, settings)
     sums = np.concatenate(([0.0], np.cumsum(gained)))
     return np.asarray(sums[size:] - sums[:-size], dtype=np.float64)
+
+
+def _exponent(
+    others: BlockVectors, node: PlacedNode, size: int, settings: PlacementSettings
+) -> float:
+    replicas = float(others.replicas.sum()) + size * node.availability
+    scarce = replicas < settings.scarce_replicas * others.number_of_blocks
+    return settings.scarce_exponent if scarce else settings.exponent
 
 
 def _value(

@@ -62,7 +62,7 @@ def potential(nodes: Sequence[PlacedNode], blocks: int) -> float:
         owners = {n.organisation or n.peer_id for n in here}
         total -= (mean / (throughput + 0.02 * mean)) ** exponent
         total -= 0.3 * max(0.0, 3 - replicas) ** 2 + max(0, 2 - len(owners)) ** 2
-        total -= 2 * min(max(expected / blocks - 2.6, 0), 1) * max(0, 3 - len(owners)) ** 2
+        total -= 2 * min(max(hosted / blocks - 3, 0), 1) * max(0, 3 - len(owners)) ** 2
         for country in countries:
             own = [n for n in nodes if n.country == country]
             own_hosted = sum(n.planned[1] - n.planned[0] for n in own)
@@ -208,6 +208,21 @@ def test_a_second_organisation_goes_where_the_first_is_alone() -> None:
     assert choice.first_block == 0
     same = node("me", 0, 6, organisation="a")
     assert gains(block_vectors(swarm, 12), same, 6)[0] < choice.gain
+
+
+def test_a_third_organisation_is_wanted_only_where_there_are_copies_to_spare() -> None:
+    of_two = [node((0, i), 0, 6, organisation=name) for i, name in enumerate("aab")]
+    of_three = [node((6, i), 6, 12, organisation=name) for i, name in enumerate("abc")]
+
+    def gained(copies_elsewhere: int) -> list[float]:
+        elsewhere = [node((12, i), 12, 36, 400.0) for i in range(copies_elsewhere)]
+        vectors = block_vectors([*of_two, *of_three, *elsewhere], 36)
+        there = gains(vectors, node("me", 0, 6, organisation="d"), 6)
+        return [there[0], there[6]]
+
+    with_few, with_many = gained(copies_elsewhere=1), gained(copies_elsewhere=5)
+    assert with_few[0] == pytest.approx(with_few[1])
+    assert with_many[0] > with_many[1] + 1.0
 
 
 def test_a_country_closes_its_own_gap_only_if_the_swarm_has_nodes_to_spare() -> None:
