@@ -39,7 +39,12 @@ PATIENCE_S = 1800.0
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 _TRY_AGAIN = (ErrorCode.INTERNAL, ErrorCode.NO_CAPACITY, ErrorCode.DRAINING, ErrorCode.TOO_SLOW)
-_TOO_LATE = (ErrorCode.NOT_VALID_NOW, ErrorCode.UNEXPECTED_MESSAGE, ErrorCode.FOREIGN_OBJECT)
+_TOO_LATE = (
+    ErrorCode.NOT_VALID_NOW,
+    ErrorCode.UNEXPECTED_MESSAGE,
+    ErrorCode.FOREIGN_OBJECT,
+    ErrorCode.EQUIVOCATION,  # our process was started again, and this attempt has its old keys
+)
 
 T = TypeVar("T")
 
@@ -164,7 +169,8 @@ class Member:
         except RemoteError as error:
             if error.code not in _TOO_LATE:
                 raise
-            log.info("too late: %s", error)
+            log.info("dropped out of this attempt: %s", error)
+            self._participant = None
         else:
             self._observer.sent(state.number, state.phase)
 

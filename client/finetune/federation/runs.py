@@ -139,11 +139,9 @@ class _RoundsShown:
 
     def __call__(self, number: int, current: Round) -> None:
         done = current.phase is Phase.DONE
-        text = (
-            "all rounds are done"
-            if done
-            else f"round {number}: {_WHAT[current.phase]}, {current.answered} of {current.due}"
-        )
+        text = "all rounds are done" if done else f"round {number}: {_WHAT[current.phase]}"
+        if current.phase not in (Phase.SUM, Phase.DONE):
+            text += f", {current.answered} of {current.due}"
         if self._progress is not None and self._task is not None:
             completed = self._rounds if done else number - 1
             self._progress.update(self._task, completed=completed, description=text)

@@ -8,12 +8,14 @@ One event loop owns all state; only adding up and files leave it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from aiohttp import web
 
@@ -37,6 +39,7 @@ WAITING_PER_PEER = 4
 UPLOADS = 4
 """Vectors that are read at the same time; each may have hundreds of megabytes."""
 SMALL_BODY_S = 30.0
+_CHUNK_BYTES = 1 << 18
 COLLECTED = {
     phase.value: phase for phase in (Phase.ADVERTISE, Phase.SHARE, Phase.MASKED, Phase.UNMASK)
 }
@@ -163,17 +166,10 @@ class AggregatorService:
     async def _get_state(self, request: web.Request) -> web.Response:
         """The state; with ``after`` as soon as it is another one, or after a while."""
         peer, _ = self._caller(request)
-        if self._waiting[peer] >= WAITING_PER_PEER:
-            raise ProtocolError(ErrorCode.NO_CAPACITY, "asks too often")
-        self._waiting[peer] += 1
-        try:
+        with self._counted(peer), contextlib.suppress(TimeoutError):
             async with asyncio.timeout(POLL_S):
                 while request.query.get("after") == self._version and not self._stopping:
                     await self._news.wait()
-        except TimeoutError:
-            pass
-        finally:
-            self._waiting[peer] -= 1
         return self._signed(request.headers[SIGNATURE], self._state_for(peer).to_json())
 
     async def _get_adapter(self, request: web.Request) -> web.StreamResponse:
@@ -182,8 +178,15 @@ class AggregatorService:
         stored = self._progress.adapter
         if request.match_info["sha256"] != stored.sha256:
             raise ProtocolError(ErrorCode.FOREIGN_OBJECT, "an adapter of another round")
-        response = web.FileResponse(self._files.adapter_path(stored))
-        await response.prepare(request)  # sends it all
+        response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+        response.content_length = stored.size_bytes
+        with self._counted(peer):
+            file = await asyncio.to_thread(self._files.adapter_path(stored).open, "rb")
+            with file:
+                await response.prepare(request)
+                while chunk := await asyncio.to_thread(file.read, _CHUNK_BYTES):
+                    await response.write(chunk)
+                await response.write_eof()
         if not self._is_open:
             self._fetched.add(peer)
             self._tell()
@@ -216,6 +219,17 @@ class AggregatorService:
             request.raw_path,
             self._clock.unix_s(),
         )
+
+    @contextmanager
+    def _counted(self, peer: PeerId) -> Iterator[None]:
+        """Bounds what one participant has going on at a time. Raises ProtocolError."""
+        if self._waiting[peer] >= WAITING_PER_PEER:
+            raise ProtocolError(ErrorCode.NO_CAPACITY, "asks too often")
+        self._waiting[peer] += 1
+        try:
+            yield
+        finally:
+            self._waiting[peer] -= 1
 
     async def _body(self, request: web.Request, phase: Phase, digest: str) -> bytes:
         """Raises ProtocolError: TOO_LARGE before it is read, TOO_SLOW, BAD_FIELD."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,10 +16,12 @@ from aiohttp import web
 from swarm.client.finetune.federation.aggregator_client import AggregatorClient
 from swarm.client.finetune.federation.files import FederationFiles, Tensors
 from swarm.client.finetune.federation.member import Learned, Member, MemberObserver
+from swarm.client.finetune.federation.messages import write_message
 from swarm.client.finetune.federation.rounds import Phase, Round
 from swarm.client.finetune.federation.service import AggregatorService
 from swarm.client.finetune.federation.signing import request_headers
 from swarm.client.finetune.federation.terms import FederationTerms
+from swarm.client.finetune.secure_sum import Participant
 from swarm.client.finetune.settings import FinetuneSettings
 from swarm.protocol.errors import ErrorCode, ProtocolError, RemoteError
 from swarm.protocol.identity import Identity, PeerId
@@ -40,7 +43,7 @@ async def listening(application: web.Application, port: int = 0) -> AsyncIterato
         await runner.cleanup()
 
 
-def found(folder: Path, members: list[Identity]) -> FederationFiles:
+def found(folder: Path, members: list[Identity], answer_s: float = 20.0) -> FederationFiles:
     files = FederationFiles(folder)
     terms = FederationTerms(
         federation_id=bytes(16),
@@ -52,7 +55,7 @@ def found(folder: Path, members: list[Identity]) -> FederationFiles:
         rounds=1,
         minimum=2,
         train_s=60.0,
-        answer_s=20.0,
+        answer_s=answer_s,
     )
     files.create(terms, {NAME: torch.zeros(LENGTH - 1)})
     return files
@@ -67,6 +70,17 @@ class Learner:
     async def __call__(self, number: int, before: Tensors, folder: Path) -> Learned:
         self.times += 1
         return Learned({NAME: before[NAME] + self.step}, self.examples)
+
+
+async def take_part(
+    port: int, identity: Identity, learner: Learner, output: Path, observer: MemberObserver
+) -> dict[str, torch.Tensor]:
+    url = f"http://127.0.0.1:{port}"
+    async with AggregatorClient(url, identity, clock=LoopClock()) as client:
+        terms = await client.terms()
+        clock = LoopClock()
+        member = Member(client, identity, terms, learner, output, clock=clock, observer=observer)
+        return await member.run()
 
 
 async def refusal(response: aiohttp.ClientResponse) -> ErrorCode:
@@ -121,7 +135,9 @@ async def test_who_may_not_come_in(tmp_path: Path) -> None:
                 await client.state()
 
 
-async def test_restarted_in_the_middle_of_a_round(tmp_path: Path) -> None:
+async def test_restarted_in_the_middle_of_a_round(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     members = [Identity.generate() for _ in range(3)]
     files = found(tmp_path / "aggregator", members)
     learners = [Learner(1.0, 1), Learner(2.0, 2), Learner(4.0, 5)]
@@ -136,23 +152,17 @@ async def test_restarted_in_the_middle_of_a_round(tmp_path: Path) -> None:
         if current.phase is Phase.MASKED and current.answered:
             reached.set()
 
-    async def take_part(port: int, place: int) -> dict[str, torch.Tensor]:
-        url = f"http://127.0.0.1:{port}"
-        async with AggregatorClient(url, members[place], clock=LoopClock()) as client:
-            return await Member(
-                client,
-                members[place],
-                await client.terms(),
-                learners[place],
-                tmp_path / str(place),
-                clock=LoopClock(),
-                observer=Begins(),
-            ).run()
-
     first = AggregatorService(files, files.identity(), clock=LoopClock(), changed=changed)
     async with asyncio.TaskGroup() as tasks:
         async with listening(first.application()) as port:
-            taking_part = [tasks.create_task(take_part(port, place)) for place in range(3)]
+            taking_part = [
+                tasks.create_task(
+                    take_part(
+                        port, members[place], learners[place], tmp_path / str(place), Begins()
+                    )
+                )
+                for place in range(3)
+            ]
             running = tasks.create_task(first.run())
             await reached.wait()
             running.cancel()
@@ -167,3 +177,31 @@ async def test_restarted_in_the_middle_of_a_round(tmp_path: Path) -> None:
     assert all(torch.equal(one[NAME], torch.full((LENGTH - 1,), mean)) for one in results)
     assert [learner.times for learner in learners] == [1, 1, 1]  # nobody trains twice
     assert begun == [1, 1, 1]
+    assert not [one for one in caplog.records if one.levelno >= logging.ERROR]
+
+
+async def test_a_participant_that_was_started_again_waits_for_the_next_attempt(
+    tmp_path: Path,
+) -> None:
+    """Its secrets are gone: it is not counted, stops nobody, and has the result all the same."""
+    members = [Identity.generate() for _ in range(3)]
+    files = found(tmp_path / "aggregator", members, answer_s=1.0)
+    service = AggregatorService(files, files.identity(), clock=LoopClock())
+    async with listening(service.application()) as port, asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(service.run())
+        url = f"http://127.0.0.1:{port}"
+        async with AggregatorClient(url, members[0], clock=LoopClock()) as client:
+            terms = await client.terms()
+            state = await client.state()
+            earlier = Participant(members[0], state.round_id, terms.invited).advertise()
+            await client.send(state.round_id, Phase.ADVERTISE, write_message(earlier))
+        learners = [Learner(1.0, 1), Learner(2.0, 2), Learner(4.0, 6)]
+        taking_part = [
+            tasks.create_task(take_part(port, *pair, tmp_path / str(place), MemberObserver()))
+            for place, pair in enumerate(zip(members, learners, strict=True))
+        ]
+        await running
+        results = [await one for one in taking_part]
+    assert [(one.participants, one.examples) for one in service.done] == [(2, 8)]
+    mean = (2.0 * 2 + 4.0 * 6) / 8
+    assert all(torch.equal(one[NAME], torch.full((LENGTH - 1,), mean)) for one in results)
