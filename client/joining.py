@@ -20,11 +20,8 @@ import typer
 
 from swarm.client.background import BackgroundLoop
 from swarm.client.config import (
-    AUDITS_VARIABLE,
     LEDGER_FILE,
-    LEDGER_FILE_VARIABLE,
     PEERS_FILE,
-    PEERS_FILE_VARIABLE,
     PEERS_VARIABLE,
     ClientSettings,
     load_settings,
@@ -144,13 +141,8 @@ def client_settings(
 ) -> ClientSettings:
     """The same for a file that was read already. Raises ConfigError."""
     flags = {"peers": " ".join(peers or ()) or None, "dtype": dtype}
-    environment = {
-        PEERS_FILE_VARIABLE: str(PEERS_FILE),
-        LEDGER_FILE_VARIABLE: str(LEDGER_FILE),
-        AUDITS_VARIABLE: "1",
-        **os.environ,
-    }
-    return load_settings(flags, environment=environment, file_values=file_values)
+    defaults = {"peers_file": PEERS_FILE, "ledger_file": LEDGER_FILE, "audits": True}
+    return load_settings(flags, environment=os.environ, file_values={**defaults, **file_values})
 
 
 def prepare_process() -> None:

@@ -78,6 +78,8 @@ class SwarmPlan:
     program: Path = SWARM_NODE
     """The command ``swarm-node``; by default that of the environment that we run in."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    environments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """More for single members, by their names: ``seed``, ``node-1`` and so on."""
 
 
 def equal_spans(blocks: int, nodes: int) -> tuple[Span, ...]:
@@ -110,7 +112,7 @@ class Member:
         with self.log.open("wb") as log:
             self.process = KeptProcess(
                 self._command(plan),
-                environment=_environment(plan),
+                environment=_environment(plan) | dict(plan.environments.get(name, {})),
                 stdout=subprocess.PIPE,
                 stderr=log,
             )

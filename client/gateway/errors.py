@@ -73,9 +73,11 @@ class ApiError(Exception):
             return {"WWW-Authenticate": "Bearer"}
         if self.allow:
             return {"Allow": self.allow}
-        if self.retry_after_s is not None:
-            return {"Retry-After": str(max(1, round(self.retry_after_s)))}
-        return {}
+        if self.retry_after_s is None:
+            return {}
+        # OpenAI's clients try again at once unless they are told not to.
+        advice = {"x-should-retry": "false"} if self.code == USED_UP else {}
+        return {"Retry-After": str(max(1, round(self.retry_after_s))), **advice}
 
 
 def from_swarm(error: SwarmError) -> ApiError:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from swarm.client.config import ClientSettings, SamplingSettings, load_settings, read_settings
+from swarm.client.joining import settings_from
 from swarm.protocol.errors import ConfigError, UsageError
 
 PEER = "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooWA"
@@ -24,6 +25,24 @@ def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:
     assert merged.peers == (PEER, OTHER)
     assert merged.dtype == "bfloat16"
     assert load_settings({"peers": PEER}, environment=environment).peers == (PEER,)
+
+
+def test_a_file_wins_over_what_commands_do_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("SWARM_AUDITS", "SWARM_LEDGER_FILE", "SWARM_PEERS_FILE"):
+        monkeypatch.delenv(variable, raising=False)
+    by_default = settings_from([PEER], None, None)
+    assert by_default.audits
+    assert by_default.ledger_file is not None
+    file = tmp_path / "client.toml"
+    file.write_text(f'audits = false\nledger_file = "{tmp_path / "books"}"\npeers_file = "/p"\n')
+    settings = settings_from([PEER], None, file)
+    assert not settings.audits
+    assert settings.ledger_file == tmp_path / "books"
+    assert settings.peers_file == Path("/p")
+    monkeypatch.setenv("SWARM_AUDITS", "1")
+    assert settings_from([PEER], None, file).audits
 
 
 def test_flags_that_are_not_given_count_for_nothing() -> None:
