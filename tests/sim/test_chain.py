@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 
 from swarm import virtual_time
 from swarm.client.metrics import ClientMetrics
-from swarm.connection import Connection
+from swarm.connection import FRAME_GRACE_S, Connection
 from swarm.memory_network import LinkSettings, MemorySettings
 from swarm.node.service import ServiceLimits
+from swarm.protocol.codec import PREFIX_BYTES, encode
 from swarm.protocol.errors import (
     ErrorCode,
     NetworkError,
@@ -412,6 +414,55 @@ def test_slow_and_silent_peers_are_dropped(toy_swarm: Any) -> None:
             assert error.code == ErrorCode.TOO_SLOW
         assert swarm.nodes[0].service.streams == 0
         await swarm.assert_nothing_left()
+
+    virtual_time.run(main())
+
+
+def test_a_slow_sender_delays_nobody_else(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any
+) -> None:
+    """Its step arrives byte by byte; whatever it reserved is free again when it is dropped."""
+
+    async def main() -> None:
+        swarm = toy_swarm(SPANS)
+        await swarm.start()
+        node, free = swarm.nodes[0], swarm.nodes[0].engine.free_tokens
+        header, payload = encode(toy_step())
+        stream = await swarm.client.open(node.peer.peer_id, STREAM_PROTOCOL)
+        async with Connection(stream) as slow, swarm.chain() as chain:
+            await slow.say_hello(replace(OPEN, previous_peer=swarm.client.peer_id))
+            await slow.receive_only(SessionOpened)
+            began_s = swarm.clock.monotonic_s()
+
+            async def trickle() -> None:
+                with suppress(NetworkError):
+                    for byte in bytes(header) + bytes(payload):
+                        await stream.send(bytes([byte]))
+                        await swarm.clock.sleep(1.0)
+
+            async def refused() -> float:
+                with pytest.raises(RemoteError) as caught:
+                    await slow.receive_only(SessionClosed)
+                assert caught.value.code is ErrorCode.TOO_SLOW
+                dropped_s: float = swarm.clock.monotonic_s()
+                return dropped_s - began_s
+
+            reference, random = toy_blocks(0, 6, 1), Random(3)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(trickle())
+                dropped = tasks.create_task(refused())
+                for position in range(20):
+                    sent_s = swarm.clock.monotonic_s()
+                    sent = make_tensor(random, 1, 1)
+                    received = await chain.step(sent, position, output_tokens=1)
+                    expected = reference.step(bytes(sent.data), 1, position)
+                    assert bytes(received.data) == expected
+                    assert swarm.clock.monotonic_s() - sent_s < 0.1
+                    await swarm.clock.sleep(1.0)
+            # The prefix of the frame may take its time, what it announces may not.
+            assert dropped.result() < PREFIX_BYTES + FRAME_GRACE_S + 2.0
+        await swarm.assert_nothing_left()
+        assert node.engine.free_tokens == free
 
     virtual_time.run(main())
 
