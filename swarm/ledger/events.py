@@ -42,6 +42,7 @@ KINDS = (
     "vest",
     "forfeit",
     "expire",
+    "uptime",
     "compensate",
     "enrol",
     "verdict",

@@ -83,6 +83,7 @@ class Operator:
         while await self._thread.run(self._books.release_expired, now):
             pass
         await self._thread.run(self._books.vest, now)
+        await self._thread.run(self._books.share_uptime, now)
         if time.monotonic() - self._expired_at >= DAY_S:
             await self._thread.run(self._books.expire_credits, now)
             self._expired_at = time.monotonic()

@@ -12,7 +12,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from swarm.ledger.notes import Checkpoint, LogProof, Note, sign_note
-from swarm.operator import allowances, nodes, registry, settlement
+from swarm.operator import allowances, nodes, registry, settlement, uptime
 from swarm.operator.journal import Journal
 from swarm.operator.policy import Policy
 from swarm.operator.settlement import Outcome
@@ -60,6 +60,9 @@ class Books:
 
     def vest(self, now: int) -> int:
         return nodes.vest(self.journal, now)
+
+    def share_uptime(self, now: int) -> int:
+        return uptime.share_uptime(self.journal, self.policy, now)
 
     def expire_credits(self, now: int) -> int:
         return nodes.expire_credits(self.journal, self.policy, now)

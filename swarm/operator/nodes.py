@@ -12,6 +12,7 @@ from swarm.ledger.events import Event, budget, escrow, user
 from swarm.ledger.rules import CREDIT_LIFETIME_S, ESCROW_S, expired_credit, is_vetted
 from swarm.operator.journal import Journal
 from swarm.operator.policy import Policy
+from swarm.operator.uptime import note_probe
 from swarm.protocol.envelope import Envelope
 from swarm.protocol.errors import ErrorCode, ProtocolError
 from swarm.protocol.identity import peer_id_from_public_key, public_key_from_peer_id
@@ -163,10 +164,13 @@ def take_verdict(journal: Journal, policy: Policy, sealed: Envelope, now: int) -
             raise ProtocolError(ErrorCode.FOREIGN_OBJECT, "nobody judges its own nodes")
         news = 0
         for key in signers:
-            news += db.execute(
+            is_new = db.execute(
                 "INSERT OR IGNORE INTO verdict VALUES (?, ?, ?, ?)",
                 (verdict.segment, key, verdict.node, verdict.outcome),
             ).rowcount
+            news += is_new
+            if is_new and state == ACTIVE and verdict.outcome == "passed":
+                note_probe(journal, verdict, validators[key], now)
         if not news or state == REVOKED:
             return str(state)
         if verdict.outcome == "passed":
@@ -185,6 +189,7 @@ def _found_guilty_or_not(
     event_id = f"verdict:{sha256(sealed.payload).hexdigest()}:{len(sealed.signatures)}"
     detail = {"verdict": sealed.to_json()}
     db.execute("UPDATE node SET clean_audits = 0 WHERE node = ?", (node,))
+    db.execute("DELETE FROM probe WHERE node = ?", (node,))
     if verdict.outcome == "not_reproduced":
         # bad memory or a bad driver: start again, with nothing lost
         state = ACTIVE
@@ -264,6 +269,7 @@ def rotate(journal: Journal, sealed: Envelope, now: int) -> int:
             "SELECT COALESCE(SUM(units), 0) FROM lot WHERE node = ?", (old,)
         ).fetchone()
         db.execute("UPDATE lot SET node = ? WHERE node = ?", (new, old))
+        db.execute("UPDATE probe SET node = ? WHERE node = ?", (new, old))
         postings = ((escrow(old), -units), (escrow(new), units)) if units else ()
         detail = {"rotation": sealed.to_json()}
         return journal.post(Event("rotate", f"rotate:{old}", now, postings, detail))

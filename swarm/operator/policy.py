@@ -24,6 +24,9 @@ class Policy:
     public_budget: str = "public"
     """Pays for anonymous users."""
     audit_budget: str = "audit"
+    uptime_budget: str = "uptime"
+    uptime_daily_units: int = 0
+    """What nodes share for being there, each day; as far as the budget reaches."""
     anonymous_units: int = 10 * UNITS_PER_CREDIT
     """The largest allowance of an anonymous user."""
     anonymous_daily_units: int = 100 * UNITS_PER_CREDIT

@@ -69,6 +69,10 @@ CREATE TABLE IF NOT EXISTS verdict (
     segment TEXT NOT NULL, signer BLOB NOT NULL, node TEXT NOT NULL, outcome TEXT NOT NULL,
     PRIMARY KEY (segment, signer)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS probe (
+    node TEXT NOT NULL, organisation TEXT NOT NULL, hour INTEGER NOT NULL, blocks INTEGER NOT NULL,
+    PRIMARY KEY (node, organisation, hour)
+) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS verdict_node ON verdict (node, outcome);
 CREATE TABLE IF NOT EXISTS evidence (
     kind TEXT NOT NULL, serial TEXT NOT NULL, node TEXT NOT NULL, session TEXT NOT NULL,
