@@ -27,6 +27,7 @@ from scripts.verify_proof import check_file
 from swarm.authority import Authority
 from swarm.client.gateway.keys import KeyFile, Payer, make_key
 from swarm.membership_files import CHARTER, PASSPORT, write_file
+from swarm.operator.settings import create_folder, load_settings
 from swarm.protocol.identity import Identity
 from swarm.protocol.passport import AdmissionMode, Charter, Tier
 from swarm.protocol.policy import Policy
@@ -64,12 +65,12 @@ class Operator:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.books = folder / "books"
-        keys = [swarm("operator", "key", folder / f"{n}.key").split()[0] for n in "abc"]
+        mint_keys = [Identity.load_or_create(folder / f"{n}.key") for n in "abc"]
+        publics = [key.public_key_bytes.hex() for key in mint_keys]
         address = f"127.0.0.1:{free_port()}"
         self.url = f"http://{address}"
-        mint_keys = [part for key in keys for part in ("--mint-key", key)]
-        init = ("operator", "init", self.books, "--origin", "keys.example/ledger")
-        self.key = swarm(*init, "--listen", address, *mint_keys).split()[-1]
+        create_folder(self.books, "keys.example/ledger", publics, address)
+        self.key = load_settings(self.books).policy.operator_key.hex()
         settings = self.books / "operator.toml"
         settings.write_text(settings.read_text() + "[policy]\nnodes_per_allowance = 1\n")
 
@@ -233,6 +234,7 @@ async def test_a_key_s_account_pays_until_it_has_nothing_left(land: Land, tmp_pa
         assert isinstance(refused, openai.RateLimitError)
         assert (refused.code, refused.type) == ("insufficient_quota", "insufficient_quota")
         assert "used up" in refused.message
+        assert refused.response.headers["x-should-retry"] == "false"
         refused = await land.refusal(unknown)
         assert (refused.status_code, refused.code) == (403, "account_refused")
         refused = await land.refusal(lost)
