@@ -170,22 +170,38 @@ class Participation:
 
 
 def take_part(told: Participation, *, as_json: bool) -> dict[str, Any]:
-    """All rounds; the adapter is in PEFT's format then. Raises SwarmErrors."""
+    """All rounds; the adapter is in PEFT's format then. Raises SwarmErrors.
+
+    What the aggregator says is looked at before anything is asked of the swarm.
+    """
     identity = Identity.load_or_create(told.key)
+    terms = asyncio.run(_ask_terms(told, identity))
+    check_members(terms, identity.peer_id, told.together_with)
     with (
         shown_progress(as_json) as progress,
         connected(told.join) as (background, client),
     ):
         checkpoint = _checkpoint(told.model, background, client)
+        if terms.model_revision != checkpoint.revision:
+            raise UsageError(
+                f"the federation trains {terms.model} {terms.model_revision.hex()[:16]}…, and "
+                f"{checkpoint.path} is {checkpoint.revision.hex()[:16]}…"
+            )
         watcher = Watcher(progress, quiet=as_json)
         return background.run(
-            _take_part(told, identity, checkpoint, client, watcher, quiet=as_json)
+            _take_part(told, identity, terms, checkpoint, client, watcher, quiet=as_json)
         )
+
+
+async def _ask_terms(told: Participation, identity: Identity) -> FederationTerms:
+    async with AggregatorClient(told.url, identity, clock=LoopClock()) as client:
+        return await client.terms(None if told.aggregator is None else PeerId(told.aggregator))
 
 
 async def _take_part(
     told: Participation,
     identity: Identity,
+    terms: FederationTerms,
     checkpoint: Checkpoint,
     swarm: SwarmClient,
     watcher: Watcher,
@@ -194,8 +210,8 @@ async def _take_part(
 ) -> dict[str, Any]:
     clock = LoopClock()
     async with AggregatorClient(told.url, identity, clock=clock) as client:
-        terms = await client.terms(None if told.aggregator is None else PeerId(told.aggregator))
-        check_terms(terms, identity.peer_id, checkpoint, told.together_with)
+        if await client.terms(terms.aggregator) != terms:
+            raise UsageError(f"the aggregator at {told.url} has just begun another federation")
         if not quiet:
             note(f"{len(terms.invited)} participants, {terms.rounds} rounds, {terms.model}")
         job = Job(
@@ -253,20 +269,10 @@ async def _take_part(
     }
 
 
-def check_terms(
-    terms: FederationTerms,
-    own: PeerId,
-    checkpoint: Checkpoint,
-    together_with: Sequence[str] | None,
-) -> None:
+def check_members(terms: FederationTerms, own: PeerId, together_with: Sequence[str] | None) -> None:
     """Raises UsageError when it is not the federation that its user meant."""
     if own not in terms.invited:
         raise UsageError(f"you are not invited: ask for --invite {own} (as swarm federate id says)")
-    if terms.model_revision != checkpoint.revision:
-        raise UsageError(
-            f"the federation trains {terms.model} {terms.model_revision.hex()[:16]}…, and "
-            f"{checkpoint.path} is {checkpoint.revision.hex()[:16]}…"
-        )
     if together_with is not None:
         others = set(terms.invited) - {own}
         if others != set(together_with) - {own}:

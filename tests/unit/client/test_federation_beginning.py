@@ -18,7 +18,7 @@ from swarm.client.finetune.federation.files import (
     read_common_adapter,
 )
 from swarm.client.finetune.federation.process import beginning_of
-from swarm.client.finetune.federation.runs import check_same, found
+from swarm.client.finetune.federation.runs import check_members, check_same, found
 from swarm.client.finetune.settings import FinetuneSettings
 from swarm.compute.lora import LORA_A, LORA_B, MAGNITUDE, tensor_name
 from swarm.protocol.errors import AdapterError, ConfigError, UsageError
@@ -120,6 +120,23 @@ def test_common_adapters_of_strangers(tmp_path: Path) -> None:
         read_common_adapter(path, good)
 
 
+def test_who_takes_part_is_checked_by_participants_too(tmp_path: Path) -> None:
+    make_adapter(tmp_path / "adapter")
+    files = FederationFiles(tmp_path)
+    beginning = beginning_of(tmp_path / "adapter", RECIPE)
+    found(files, beginning, invited=PEERS, rounds=1, minimum=3, train_s=60.0, answer_s=5.0)
+    terms = files.terms()
+    check_members(terms, PEERS[0], None)
+    check_members(terms, PEERS[0], PEERS[1:])
+    for own, others in (
+        (Identity.generate().peer_id, None),
+        (PEERS[0], PEERS[1:2]),
+        (PEERS[0], [*PEERS[1:], Identity.generate().peer_id]),
+    ):
+        with pytest.raises(UsageError):
+            check_members(terms, own, others)
+
+
 def run(*arguments: str | Path) -> tuple[int, str]:
     done = CliRunner().invoke(app, ["federate", *map(str, arguments)])
     return done.exit_code, done.output
@@ -135,6 +152,10 @@ def test_commands_refuse_what_makes_no_sense(tmp_path: Path) -> None:
     assert code == 2
     assert "invited" in json.loads(text)["error"]
     assert not FederationFiles(tmp_path / "b").exists
+    out = ("tiny", "--data", "mine.jsonl", "--out", tmp_path / "out", "--key", tmp_path / "me.key")
+    peer = ("--peers", f"/ip4/127.0.0.1/tcp/1/p2p/{PEERS[0]}")
+    assert run("join", "ftp://127.0.0.1", *out, *peer)[0] == 2
+    assert run("join", "http://127.0.0.1:1", *out, *peer)[0] == 4  # nobody listens there
     code, first = run("id", "--key", tmp_path / "me.key", "--json")
     assert code == 0
     assert run("id", "--key", tmp_path / "me.key")[1].strip() == json.loads(first)["peer_id"]
