@@ -31,6 +31,8 @@ MAX_ADAPTER_BYTES = 512 * 1024 * 1024
 _PEER_ROOM_BYTES = 128
 _SMALL_BODY_BYTES = 4096
 _HASH = re.compile("[0-9a-f]{64}")
+_VERSION = re.compile("[0-9a-z.]{1,128}")
+"""It goes back in an address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ class RoundState:
             stored = StoredAdapter(_text(adapter["sha256"]), _count(adapter["size_bytes"]))
             if not _HASH.fullmatch(stored.sha256) or stored.size_bytes > MAX_ADAPTER_BYTES:
                 raise ValueError("the adapter's hash or size")
+            if not _VERSION.fullmatch(_text(value["version"])):
+                raise ValueError("the version")
             return cls(
                 version=_text(value["version"]),
                 number=_count(value["round"]),

@@ -6,7 +6,9 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -43,7 +45,7 @@ async def listening(application: web.Application, port: int = 0) -> AsyncIterato
         await runner.cleanup()
 
 
-def found(folder: Path, members: list[Identity], answer_s: float = 20.0) -> FederationFiles:
+def found(folder: Path, members: list[Identity], **changes: Any) -> FederationFiles:
     files = FederationFiles(folder)
     terms = FederationTerms(
         federation_id=bytes(16),
@@ -55,8 +57,9 @@ def found(folder: Path, members: list[Identity], answer_s: float = 20.0) -> Fede
         rounds=1,
         minimum=2,
         train_s=60.0,
-        answer_s=answer_s,
+        answer_s=20.0,
     )
+    terms = replace(terms, **changes)
     files.create(terms, {NAME: torch.zeros(LENGTH - 1)})
     return files
 
@@ -205,3 +208,26 @@ async def test_a_participant_that_was_started_again_waits_for_the_next_attempt(
     assert [(one.participants, one.examples) for one in service.done] == [(2, 8)]
     mean = (2.0 * 2 + 4.0 * 6) / 8
     assert all(torch.equal(one[NAME], torch.full((LENGTH - 1,), mean)) for one in results)
+
+
+async def test_no_sum_of_fewer_than_agreed_on(tmp_path: Path) -> None:
+    """An aggregator that goes on with two where three were promised gets nothing to unmask."""
+    members = [Identity.generate() for _ in range(3)]
+    files = found(tmp_path / "aggregator", members, minimum=3, train_s=1.0)
+    service = AggregatorService(files, files.identity(), clock=LoopClock())
+    service._round._minimum = 2
+    async with listening(service.application()) as port, asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(service.run())
+        refusals = await asyncio.gather(
+            *(
+                take_part(
+                    port, member, Learner(1.0, 1), tmp_path / member.peer_id, MemberObserver()
+                )
+                for member in members[:2]
+            ),
+            return_exceptions=True,
+        )
+        running.cancel()
+    assert service._round.phase is Phase.UNMASK
+    assert service._round.answered == 0
+    assert all("fewer than agreed on" in str(refusal) for refusal in refusals)

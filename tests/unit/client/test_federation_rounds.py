@@ -359,6 +359,32 @@ def test_terms_and_states_pass_the_wire() -> None:
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"round": 2', b'"round": -2'),
+        (b'"phase": "masked"', b'"phase": "party"'),
+        (b'"size_bytes": 100', b'"size_bytes": 1000000000000'),
+        (b'"sha256": "00', b'"sha256": "zz'),
+        (b'"keys": []', b'"keys": [{}]'),
+        (b'"keys": []', b'"keys": 1'),
+        (b'"shares": {}', b'"shares": {"somebody": "00"}'),
+        (b'"shares": {}', b'"shares": []'),
+        (b'"stayed": []', b'"stayed": [[]]'),
+        (b'"stayed": []', b'"stayed": ' + b"[" * 9 + b"]" * 9),
+        (b'"version": "v"', b'"version": "' + b"v" * 200 + b'"'),
+        (b'"version": "v"', b'"version": "v&after=w"'),
+    ],
+)
+def test_states_of_a_hostile_aggregator(old: bytes, new: bytes) -> None:
+    stored = StoredAdapter("0" * 64, 100)
+    good = RoundState("v", 2, 1, round_id(1), Phase.MASKED, stored).to_json()
+    assert RoundState.from_json(good, 3).number == 2
+    assert old in good
+    with pytest.raises(ProtocolError):
+        RoundState.from_json(good.replace(old, new), 3)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"invited": (PEERS[0],)},
