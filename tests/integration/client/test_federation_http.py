@@ -188,7 +188,7 @@ async def test_a_participant_that_was_started_again_waits_for_the_next_attempt(
 ) -> None:
     """Its secrets are gone: it is not counted, stops nobody, and has the result all the same."""
     members = [Identity.generate() for _ in range(3)]
-    files = found(tmp_path / "aggregator", members, answer_s=1.0)
+    files = found(tmp_path / "aggregator", members, answer_s=3.0)
     service = AggregatorService(files, files.identity(), clock=LoopClock())
     async with listening(service.application()) as port, asyncio.TaskGroup() as tasks:
         running = tasks.create_task(service.run())

@@ -151,7 +151,7 @@ async def test_two_rounds_one_leaves_and_the_aggregator_restarts(tmp_path: Path)
             rounds=2,
             minimum=2,
             train_s=60.0,
-            answer_s=3.0,
+            answer_s=8.0,
         )
         files.create(terms, beginning.adapter)
         first_ended = asyncio.Event()
