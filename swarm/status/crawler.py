@@ -69,11 +69,19 @@ class Crawler:
         async with asyncio.TaskGroup() as group:
             if self._lookout is not None:
                 group.create_task(self._lookout.run())
+            await self._follow(group)
+            # Beside the looks: where a node is gone the directory may take long to answer, and that
+            # it is gone is to be shown meanwhile.
+            group.create_task(self._follow_on(group))
             while True:
                 started_s = self._clock.monotonic_s()
-                await self._follow(group)
                 await looked(self._crawl())
                 await self._until_next(started_s)
+
+    async def _follow_on(self, group: asyncio.TaskGroup) -> None:
+        while True:
+            await self._clock.sleep(self._period_s)
+            await self._follow(group)
 
     async def _until_next(self, started_s: float) -> None:
         """Wait for the next look: in a period, or earlier when nodes have died meanwhile."""
