@@ -45,6 +45,8 @@ RECORD_BYTES = 500
 """About; on the way."""
 LOOKUP_BYTES = 2000
 """To find who keeps a key."""
+SHARD_RECORDS = 64.0
+"""Expected of a shard; those that were read may have had more."""
 LOOKS_AT_THE_LOST = (2, 4, 8, 16)
 """Of the looks for lost nodes, those at which a lost one's record is read again."""
 RETRY_S = 5.0
@@ -58,7 +60,7 @@ class ViewSettings:
     """For a pass over the shards, in a small swarm."""
     tombstones_s: float = 8.0
     """Between two looks for lost nodes, in a small swarm."""
-    bytes_per_s: float = 3100.0
+    bytes_per_s: float = 2800.0
     """Larger passes take longer."""
     maximum_shards: int = 64
     """Read in one pass."""
@@ -114,6 +116,7 @@ class NodesView:
         self._looks_since_lost: dict[PeerId, int] = {}
         self._last_agreed_s = clock.monotonic_s()
         self._passes = 0
+        self._shard_records = SHARD_RECORDS
         self._read = asyncio.Event()
         self.shards = 1
         """Of the swarm, as most say."""
@@ -190,21 +193,27 @@ class NodesView:
     @property
     def pass_s(self) -> float:
         """How long one pass takes, so that the rate is kept."""
-        whole = self.shards_read == self.shards
-        records = len(self._known) if whole else 64 * self.shards_read
-        size_bytes = records * RECORD_BYTES + (self.shards_read + 1) * LOOKUP_BYTES
+        size_bytes = self.shards_read * self._shard_bytes + LOOKUP_BYTES
         return max(self._settings.refresh_s, size_bytes / self._settings.bytes_per_s)
+
+    @property
+    def _shard_bytes(self) -> float:
+        return self._shard_records * RECORD_BYTES + LOOKUP_BYTES
 
     async def _read_shards(self, spread_s: float) -> None:
         self._follow(
             agreed_shards(await self._reader.index(self._revision, until_unix_s=self._until()))
         )
         chosen = self._choose_shards()
+        records_read = 0
         for shard in chosen:
-            self._add(await self._read_shard(shard))
+            found = await self._read_shard(shard)
+            records_read += len(found)
+            self._add(found)
             if spread_s:
                 await self._clock.sleep(spread_s / len(chosen))
         self.shards_read = len(chosen)
+        self._shard_records = max(records_read / len(chosen), SHARD_RECORDS)
         self._passes += 1
         self._read.set()
 
@@ -233,8 +242,7 @@ class NodesView:
     def _choose_shards(self) -> Sequence[int]:
         # What is read lives for two periods at least; until then it should be read again.
         longest_pass_s = FRESH_PERIODS * announce_period_s(ANNOUNCE_PERIOD_S, self.shards)
-        shard_bytes = 64 * RECORD_BYTES + LOOKUP_BYTES
-        affordable = int(longest_pass_s * self._settings.bytes_per_s / shard_bytes)
+        affordable = int(longest_pass_s * self._settings.bytes_per_s / self._shard_bytes)
         count = min(self.shards, self._settings.maximum_shards, max(affordable, 1))
         everything = range(self.shards)
         return everything if count == self.shards else self._dice.sample(everything, count)

@@ -127,6 +127,19 @@ def test_a_large_swarm_is_known_in_part_and_at_a_bounded_rate(simulate: Simulate
     simulate(story)
 
 
+def test_crowded_shards_take_as_long_as_their_records_cost(simulate: Simulate) -> None:
+    async def story(world: World) -> None:
+        for number in range(1, 401):
+            await world.announce(number, shards=4)
+        settings = ViewSettings(maximum_shards=1)
+        view = world.view(settings=settings)
+        await view.read()
+        assert 64 < len(view.records()) < 200
+        assert view.pass_s * settings.bytes_per_s > 500 * len(view.records())
+
+    simulate(story)
+
+
 def test_a_view_may_be_kept_small(simulate: Simulate) -> None:
     async def story(world: World) -> None:
         for number in range(1, 41):
