@@ -67,11 +67,11 @@ class PlacementSettings:
     urgent_patience_s: float = 300.0
     """The same while some block has no node: then soon is better than good."""
     hysteresis: float = 1.5
-    """A move must gain so many fair shares of the potential."""
+    """A move must gain so many fair shares of the potential; one below ``swarm_redundancy``."""
     safe_replicas: int = 2
     """Others that must go on serving a block that is left."""
     scarce_replicas: float = 3.0
-    """Below this mean of expected replicas they are scarce; hysteresis and safety are 1 then."""
+    """Below this mean of expected replicas they are scarce; one safe replica suffices then."""
     emergency_replicas: float = 1.5
     """A block with fewer: decide every ``emergency_interval_s``."""
     interval_s: float = 300.0
@@ -253,7 +253,6 @@ def decide_move(
     hosted = node.end_block - node.first_block
     size = min(size or hosted, others.number_of_blocks)
     urgent = is_urgent(with_node(others, node))
-    scarce = _mean_replicas(others, node) < settings.scarce_replicas
     patience_s = settings.urgent_patience_s if urgent else settings.patience_s
     here = float(gains(others, node, hosted, settings)[node.first_block])
     options = [_best_option(others, node, size, here, load_s, patience_s, settings)]
@@ -261,7 +260,9 @@ def decide_move(
         options.append(_best_option(others, node, rescue, here, load_s, patience_s, settings))
     worth, target = max(options, key=lambda option: option[0])
     fair_share = 3.0 * node.speed / max((others.speed + node.speed) / others.number_of_blocks, 1e-9)
-    if worth <= (1.0 if scarce else settings.hysteresis) * fair_share:
+    redundancy = others.redundancy + hosted / others.number_of_blocks
+    at_ease = redundancy >= settings.swarm_redundancy
+    if worth <= (settings.hysteresis if at_ease else 1.0) * fair_share:
         return Decision(None, Stay.BEST)
     unserved = _unserved(others, node)
     if unserved.any() and not unserved[target.first_block : target.end_block].any():
