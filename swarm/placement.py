@@ -7,7 +7,7 @@ in a fixed point (a potential game): a node that moves raises what all others ma
     f = - (mean / (throughput + 0.02 mean))^3         the weakest block is the swarm's speed
         - 0.3 (3 - expected replicas)+^2              a node that just came may go again
         - 1.0 (2 - organisations)+^2                  one organisation fails as one
-        - 2.0 spare (3 - organisations)+^2            and the second one's node may go meanwhile
+        - 1.0 spare (3 - organisations)+^2            and the second one's node may go meanwhile
         - 0.01 share (its mean / its throughput)^3    a country with nodes to spare stands alone
 
 ``throughput`` of a block is the sum of (batched speed / blocks hosted) of its nodes and ``mean``
@@ -52,7 +52,7 @@ class PlacementSettings:
     replica_weight: float = 0.3
     wanted_organisations: int = 2
     organisation_weight: float = 1.0
-    spare_organisation_weight: float = 2.0
+    spare_organisation_weight: float = 1.0
     """Of one organisation more than the wanted ones, where there are replicas to spare."""
     kept_redundancy: float = 3.0
     """Copies of the model; the next one is to spare for a third organisation."""

@@ -62,7 +62,7 @@ def potential(nodes: Sequence[PlacedNode], blocks: int) -> float:
         owners = {n.organisation or n.peer_id for n in here}
         total -= (mean / (throughput + 0.02 * mean)) ** exponent
         total -= 0.3 * max(0.0, 3 - replicas) ** 2 + max(0, 2 - len(owners)) ** 2
-        total -= 2 * min(max(hosted / blocks - 3, 0), 1) * max(0, 3 - len(owners)) ** 2
+        total -= min(max(hosted / blocks - 3, 0), 1) * max(0, 3 - len(owners)) ** 2
         for country in countries:
             own = [n for n in nodes if n.country == country]
             own_hosted = sum(n.planned[1] - n.planned[0] for n in own)
