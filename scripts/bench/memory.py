@@ -5,8 +5,8 @@
 Two spans with two nodes each. One node of the second span is killed every few seconds and started
 again; its sessions are healed by the other three, whose memory is written down. After a warm-up, in
 which batches of all sizes have come, a line is fitted to it. A leak grows with the sessions; what
-malloc and oneDNN keep does not. Runs of a few minutes end before every number of rows has come, each
-of which costs some megabytes once (docs/decisions/0009): there only the blocks of Python tell.
+malloc and oneDNN keep does not. Runs of a few minutes end before every number of rows has come,
+each of which costs some megabytes once (docs/decisions/0009): there only Python's blocks tell.
 """
 
 from __future__ import annotations
