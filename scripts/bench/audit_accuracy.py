@@ -16,6 +16,7 @@ import copy
 import json
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,15 @@ from swarm.client.calibration import (
     round_to_int8,
     spans_of,
 )
-from swarm.ledger.audit_rule import LIMITS, AdapterShare, Comparison, adapter_share, compare
+from swarm.ledger.audit_rule import (
+    BACKWARD_LIMITS,
+    LIMITS,
+    AdapterShare,
+    Comparison,
+    Limits,
+    adapter_share,
+    compare,
+)
 from swarm.ledger.sketch import Sketcher
 
 REPOSITORY = Path(__file__).parents[2]
@@ -70,8 +79,14 @@ class Tally:
         self.effects: dict[str, list[float]] = {}
         self.shares: dict[str, list[float]] = {}
 
-    def add(self, name: str, dtype_class: str, found: list[Comparison]) -> None:
-        self._add(name, found, [each.passes(LIMITS[dtype_class]) for each in found])
+    def add(
+        self,
+        name: str,
+        dtype_class: str,
+        found: list[Comparison],
+        limits: Mapping[str, Limits] = LIMITS,
+    ) -> None:
+        self._add(name, found, [each.passes(limits[dtype_class]) for each in found])
 
     def add_with_adapter(
         self,
@@ -260,7 +275,8 @@ def backward(runner: SpanRunner, ids: torch.Tensor, tally: Tally) -> None:
         }
         for name, (dtype_class, blocks) in variants.items():
             answered = input_gradient(runner, blocks, given, upstream)
-            tally.add(name, dtype_class, compare_windows(upstream, answered, right))
+            found = compare_windows(upstream, answered, right)
+            tally.add(name, dtype_class, found, BACKWARD_LIMITS)
         skipped = runner.copy_of(first, end, torch.bfloat16)
         kept = [b for index, b in enumerate(skipped) if index != (end - first) // 2]
         answered = input_gradient(runner, torch.nn.ModuleList(kept), given, upstream)
@@ -270,7 +286,8 @@ def backward(runner: SpanRunner, ids: torch.Tensor, tally: Tally) -> None:
             ("cheat: backward, zeros", torch.zeros_like(right)),
             ("cheat: backward, foreign", right.roll(1, dims=0)),
         ):
-            tally.add(name, "bfloat16", compare_windows(upstream, cheated, right))
+            found = compare_windows(upstream, cheated, right)
+            tally.add(name, "bfloat16", found, BACKWARD_LIMITS)
 
 
 def true_gradients(

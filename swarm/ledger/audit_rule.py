@@ -59,6 +59,15 @@ LIMITS: Mapping[str, Limits] = {
 """By declared precision. Whoever declares four bits is held to little, and routed accordingly."""
 
 
+BACKWARD_LIMITS: Mapping[str, Limits] = {
+    "float32": Limits(0.08, 0.4),
+    "float16": Limits(0.08, 0.4),
+    "bfloat16": Limits(0.08, 0.4),
+    "int8": Limits(0.16, 0.4),
+}
+"""For gradients of inputs: some tokens have hardly any, and honest rounding is large there."""
+
+
 @dataclass(frozen=True, slots=True)
 class SpanLimits:
     """Calibrated limits of one model revision: by declared precision, then by span's length."""
