@@ -60,7 +60,7 @@ class ViewSettings:
     """For a pass over the shards, in a small swarm."""
     tombstones_s: float = 8.0
     """Between two looks for lost nodes, in a small swarm."""
-    bytes_per_s: float = 2800.0
+    bytes_per_s: float = 3100.0
     """Larger passes take longer."""
     maximum_shards: int = 64
     """Read in one pass."""
