@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from swarm.ledger.operator_client import OperatorClient
     from swarm.protocol.envelope import Envelope
     from swarm.protocol.ledger_objects import SignedObject
+    from swarm.protocol.operator_objects import MintOrder
 
 Result = TypeVar("Result")
 
@@ -55,13 +56,8 @@ def mint(
 ) -> None:
     """Make money for a budget. Two of the three mint keys have to sign."""
     with outcome(as_json), own_files():
-        from swarm.protocol.operator_objects import MintOrder
-
         origin = _asked(operator, lambda client: client.terms()).origin
-        order = MintOrder(
-            secrets.token_hex(16), origin, budget, credits_ * UNITS_PER_CREDIT, reason, _now()
-        )
-        _send_order(operator, _signed(order, key), as_json)
+        _send_order(operator, _signed(_mint_order(origin, budget, credits_, reason), key), as_json)
 
 
 @orders.command(
@@ -80,12 +76,7 @@ def draft_mint(
 ) -> None:
     """Write an order to mint to a file, for the next person to sign."""
     with outcome(as_json), own_files():
-        from swarm.protocol.operator_objects import MintOrder
-
-        order = MintOrder(
-            secrets.token_hex(16), origin, budget, credits_ * UNITS_PER_CREDIT, reason, _now()
-        )
-        _write(file, _signed(order, key), as_json)
+        _write(file, _signed(_mint_order(origin, budget, credits_, reason), key), as_json)
 
 
 @orders.command(
@@ -284,6 +275,13 @@ def revoke(
         revoked = Revocation(public_key_from_peer_id(node).hex(), reason, size, _now())
         index = _asked(operator, lambda client: client.revoke(_signed(revoked, [key])))
         _say_done(index, as_json)
+
+
+def _mint_order(origin: str, budget: str, credits_: int, reason: str) -> MintOrder:
+    from swarm.protocol.operator_objects import MintOrder
+
+    units = credits_ * UNITS_PER_CREDIT
+    return MintOrder(secrets.token_hex(16), origin, budget, units, reason, _now())
 
 
 def _signed(order: SignedObject, files: list[Path]) -> Envelope:

@@ -7,7 +7,23 @@ from typing import Annotated
 
 import typer
 
+from swarm.client.finetune.options import (
+    Alpha,
+    BatchSize,
+    Dtype,
+    HeldOut,
+    InFlight,
+    Loss,
+    MaximumLength,
+    Optimizer,
+    Rank,
+    Raw,
+    SnapshotEvery,
+    TargetModules,
+    module_names,
+)
 from swarm.client.joining import (
+    AsJson,
     Config,
     Peers,
     PolicyFile,
@@ -36,14 +52,10 @@ def finetune(
     method: Annotated[
         str, typer.Option("--method", help="lora, dora, or prompt (virtual tokens kept here).")
     ] = "lora",
-    loss: Annotated[str, typer.Option("--loss", help="sft or dpo.")] = "sft",
-    rank: Annotated[int, typer.Option("--rank", help="Of the adapter's matrices.")] = 16,
-    alpha: Annotated[
-        float | None, typer.Option("--alpha", help="Scale of the adapter; twice the rank.")
-    ] = None,
-    target_modules: Annotated[
-        str, typer.Option("--target-modules", help="Comma-separated; as PEFT if left out.")
-    ] = "",
+    loss: Loss = "sft",
+    rank: Rank = 16,
+    alpha: Alpha = None,
+    target_modules: TargetModules = "",
     dropout: Annotated[float, typer.Option("--dropout", help="Of the adapter's inputs.")] = 0.0,
     virtual_tokens: Annotated[
         int, typer.Option("--virtual-tokens", help="Of --method prompt.")
@@ -52,7 +64,7 @@ def finetune(
     steps: Annotated[
         int | None, typer.Option("--steps", help="End after so many, whatever --epochs says.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Examples of a step.")] = 8,
+    batch_size: BatchSize = 8,
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", "--lr", help="Highest.")
     ] = 2e-4,
@@ -60,43 +72,27 @@ def finetune(
         "linear"
     ),
     warmup_steps: Annotated[int, typer.Option("--warmup-steps", help="Up to it.")] = 0,
-    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, lion, adafactor.")] = (
-        "adamw"
-    ),
+    optimizer: Optimizer = "adamw",
     weight_decay: Annotated[float, typer.Option("--weight-decay", help="Of AdamW.")] = 0.0,
     maximum_norm: Annotated[
         float, typer.Option("--max-norm", help="Clip gradients to this; 0 never.")
     ] = 1.0,
-    max_length: Annotated[
-        int, typer.Option("--max-length", help="Longer examples are cut, in tokens.")
-    ] = 512,
+    max_length: MaximumLength = 512,
     micro_batch_tokens: Annotated[
         int, typer.Option("--micro-batch-tokens", help="What passes the chain at once.")
     ] = 512,
-    in_flight: Annotated[
-        int, typer.Option("--in-flight", help="Micro-batches on their way at the same time.")
-    ] = 3,
+    in_flight: InFlight = 3,
     dpo_beta: Annotated[float, typer.Option("--dpo-beta", help="How near to the base.")] = 0.1,
-    held_out: Annotated[
-        int, typer.Option("--held-out", help="Keep the last examples out, and measure on them.")
-    ] = 0,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Join prompt and completion without a chat template.")
-    ] = False,
+    held_out: HeldOut = 0,
+    raw: Raw = False,
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same run.")] = 0,
-    snapshot_every: Annotated[
-        int, typer.Option("--snapshot-every", help="Steps that a failure may cost.")
-    ] = 50,
+    snapshot_every: SnapshotEvery = 50,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last snapshot in --out.")
     ] = False,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="auto, float32 (exact) or bfloat16.")
-    ] = None,
+    dtype: Dtype = None,
     config: Config = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object at the end, and nothing else.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train an adapter: the blocks learn where they are, your data stays here.
 
@@ -111,7 +107,7 @@ def finetune(
             loss=loss,
             rank=rank,
             alpha=alpha,
-            target_modules=tuple(filter(None, target_modules.replace(" ", "").split(","))),
+            target_modules=module_names(target_modules),
             dropout=dropout,
             virtual_tokens=virtual_tokens,
             optimizer=optimizer,

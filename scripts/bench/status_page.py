@@ -4,9 +4,10 @@
     python -m scripts.bench.status_page --serve --nodes 100 # only serve it, to look at
 
 The page runs in a process of its own, over a directory with as many signed announcements, which it
-reads anew in each period while it answers. Requests are sent when they are due, whether earlier
-ones were answered or not, and timed from then on: a page that stops for a second shows it. They are
-a mix of what readers ask: overviews and nodes in four languages, single donors, JSON.
+reads anew in each period while it answers, and pings some of their nodes. Requests are sent when
+they are due, whether earlier ones were answered or not, and timed from then on: a page that stops
+for a second shows it. They are a mix of what readers ask: overviews and nodes in four languages,
+single donors, JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from pathlib import Path
 import aiohttp
 
 from scripts.process_keeper import KeptProcess
-from swarm.simulation.announced import AnnouncedSwarm
+from swarm.memory_network import MemoryNetwork
+from swarm.protocol.identity import Identity
+from swarm.protocol.version import STREAM_PROTOCOL
+from swarm.simulation.announced import AnnouncedSwarm, answer_pings
 from swarm.status.languages import LANGUAGES
 from swarm.status.status_page import StatusPage, StatusSettings, served
 from swarm.status.undisturbed import UndisturbedLooks
@@ -41,7 +45,16 @@ async def serve(nodes: int, port: int, period_s: float, folder: Path) -> None:
     clock = LoopClock()
     swarm = AnnouncedSwarm.of(nodes, clock)
     settings = StatusSettings(database=folder / "status.sqlite", port=port, period_s=period_s)
-    page = StatusPage(settings, swarm, clock, around_look=UndisturbedLooks())
+    network = MemoryNetwork(0)
+    for identity in swarm.identities:
+        await network.join(identity).serve(STREAM_PROTOCOL, answer_pings)
+    page = StatusPage(
+        settings,
+        swarm,
+        clock,
+        transport=network.join(Identity.generate()),
+        around_look=UndisturbedLooks(),
+    )
     try:
         async with served(page) as url, asyncio.TaskGroup() as group:
             group.create_task(page.run())

@@ -7,21 +7,18 @@ got no answer raises NetworkError and may be sent again, all of them are idempot
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
-import aiohttp
-
+from swarm.coded_http import CodedHttp, read_answer
 from swarm.ledger.notes import MAX_NOTE_BYTES, LogProof, Note, VerifierKey
 from swarm.ledger.tiles import MAX_LEAF_BYTES
 from swarm.protocol.envelope import MAX_ENVELOPE_BYTES, Envelope, parse_envelope
-from swarm.protocol.errors import ErrorCode, NetworkError, ProtocolError, RemoteError
+from swarm.protocol.errors import ErrorCode, ProtocolError
 from swarm.protocol.ledger_objects import Allowance, verified
 
 MAX_ANSWER_BYTES = 1 << 20
@@ -54,11 +51,10 @@ class OperatorClient:
     """One operator. Use as an async context manager; may be shared by many tasks."""
 
     def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
-        self._session: aiohttp.ClientSession | None = None
+        self._http = CodedHttp(url, "operator")
 
     async def __aenter__(self) -> OperatorClient:
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S))
+        await self._http.__aenter__()
         return self
 
     async def __aexit__(
@@ -67,9 +63,7 @@ class OperatorClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._http.__aexit__(kind, error, trace)
 
     async def terms(self) -> Terms:
         answer = await self._json("GET", "/v1/terms")
@@ -143,7 +137,9 @@ class OperatorClient:
     async def export(self, size: int) -> AsyncIterator[bytes]:
         """The first ``size`` leaves, one after the other."""
         rest = b""
-        async with self._answer("GET", f"/v1/export?to={size}", (), EXPORT_TIMEOUT_S) as response:
+        async with self._http.answer(
+            "GET", f"/v1/export?to={size}", timeout_s=EXPORT_TIMEOUT_S
+        ) as response:
             async for chunk in response.content.iter_chunked(EXPORT_CHUNK_BYTES):
                 *lines, rest = (rest + chunk).split(b"\n")
                 if len(rest) > MAX_LEAF_BYTES:
@@ -166,51 +162,9 @@ class OperatorClient:
     async def _request(
         self, method: str, path: str, envelopes: Sequence[Envelope], maximum_bytes: int
     ) -> bytes:
-        async with self._answer(method, path, envelopes, TIMEOUT_S) as response:
-            return await read_answer(response, maximum_bytes)
-
-    @asynccontextmanager
-    async def _answer(
-        self, method: str, path: str, envelopes: Sequence[Envelope], timeout_s: float
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        if self._session is None:
-            raise RuntimeError("use it as an async context manager")
         body = "\n".join(envelope.to_json() for envelope in envelopes) or None
-        try:
-            async with (
-                asyncio.timeout(timeout_s),
-                self._session.request(
-                    method, self._url + path, data=body, allow_redirects=False
-                ) as response,
-            ):
-                if response.status != 200:
-                    raise await refusal(response)
-                yield response
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise NetworkError(f"the operator at {self._url} does not answer") from error
-
-
-async def refusal(response: aiohttp.ClientResponse, peer: str = "operator") -> RemoteError:
-    """What an answer other than 200 says, by its code."""
-    retry_after_s = response.headers.get("Retry-After", "0")
-    retry_after_ms = 1000 * int(retry_after_s) if retry_after_s.isdigit() else 0
-    try:
-        code = ErrorCode(json.loads(await read_answer(response, 4096))["code"])
-    except (ValueError, KeyError, TypeError, ProtocolError):
-        code = ErrorCode.INTERNAL
-    return RemoteError(code, peer=peer, retry_after_ms=retry_after_ms)
-
-
-async def read_answer(response: aiohttp.ClientResponse, maximum_bytes: int) -> bytes:
-    """Raises ProtocolError(TOO_LARGE)."""
-    parts = []
-    left = maximum_bytes
-    async for chunk in response.content.iter_any():
-        left -= len(chunk)
-        if left < 0:
-            raise ProtocolError(ErrorCode.TOO_LARGE, "an answer that is too long")
-        parts.append(chunk)
-    return b"".join(parts)
+        async with self._http.answer(method, path, body=body, timeout_s=TIMEOUT_S) as response:
+            return await read_answer(response, maximum_bytes)
 
 
 def _text(answer: bytes) -> str:

@@ -1,6 +1,6 @@
 """A directory in which simulated nodes announce themselves with real, signed records.
 
-For whatever reads a directory and nothing else, at sizes for which no machine can run the nodes.
+For whatever reads a directory, and at most pings nodes, at sizes for which no machine can run them.
 Records are signed anew when they are due and somebody looks.
 """
 
@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 
+from swarm.connection import Connection
 from swarm.membership import (
     ANNOUNCE_PERIOD_S,
     EXPIRY_PERIODS,
     INDEX_PUBLISHERS,
     announce_period_s,
 )
-from swarm.ports import Clock, DirectoryEntry
-from swarm.protocol.errors import UsageError
+from swarm.ports import Clock, DirectoryEntry, Stream
+from swarm.protocol.errors import NetworkError, UsageError
 from swarm.protocol.identity import Identity, PeerId
+from swarm.protocol.messages import Ping, Pong
 from swarm.protocol.records import (
     ModelIndexRecord,
     NodeRecord,
@@ -35,8 +38,19 @@ from swarm.simulation.population import MODELS, dice_of, draw_volunteers
 
 SHARD_RECORDS = 64
 HIDDEN_SIZE = 4096
+LONGEST_HELLO_S = 10.0
 COUNTRIES = {"AA": "KE", "BB": "IN", "CC": "FR", "DD": "BR", "EE": "TZ", "FF": "SN"}
 """Real ones for those of the population."""
+
+
+async def answer_pings(stream: Stream) -> None:
+    """What a node's service does with the streams of those who watch it."""
+    with suppress(NetworkError):
+        async with Connection(stream) as connection:
+            await connection.answer_hello(LONGEST_HELLO_S)
+            while True:
+                ping = await connection.receive_only(Ping)
+                await connection.send(Pong(nonce=ping.nonce))
 
 
 class AnnouncedSwarm:
@@ -52,6 +66,11 @@ class AnnouncedSwarm:
         self._signed: dict[tuple[PeerId, str], tuple[float, DirectoryEntry]] = {}
         self.reads = 0
         self._arrange()
+
+    @property
+    def identities(self) -> list[Identity]:
+        """Of all nodes."""
+        return [identity for identity, _ in self._records.values()]
 
     @classmethod
     def of(

@@ -6,24 +6,19 @@ NetworkError and may be sent again: the same message twice changes nothing.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-
-import aiohttp
 
 from swarm.client.finetune.federation.messages import RoundState, StoredAdapter, state_limit
 from swarm.client.finetune.federation.rounds import Phase
 from swarm.client.finetune.federation.service import POLL_S
 from swarm.client.finetune.federation.signing import SIGNATURE, check_answer, request_headers
 from swarm.client.finetune.federation.terms import MAX_TERMS_BYTES, FederationTerms
-from swarm.ledger.operator_client import read_answer, refusal
+from swarm.coded_http import CodedHttp, read_answer
 from swarm.ports import Clock
-from swarm.protocol.errors import ErrorCode, NetworkError, ProtocolError, UsageError
+from swarm.protocol.errors import ErrorCode, ProtocolError, UsageError
 from swarm.protocol.identity import Identity, PeerId
 
 TIMEOUT_S = 30.0
@@ -37,14 +32,13 @@ class AggregatorClient:
     def __init__(self, url: str, identity: Identity, *, clock: Clock) -> None:
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"{url!r} is no http:// or https:// address of an aggregator")
-        self._url = url.rstrip("/")
+        self._http = CodedHttp(url, "aggregator")
         self._identity = identity
         self._clock = clock
         self._terms: FederationTerms | None = None
-        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession()
+        await self._http.__aenter__()
         return self
 
     async def __aexit__(
@@ -53,13 +47,11 @@ class AggregatorClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._http.__aexit__(kind, error, trace)
 
     async def terms(self, aggregator: PeerId | None = None) -> FederationTerms:
         """What is agreed on, signed by ``aggregator``; None trusts whoever answers at the URL."""
-        async with self._asked("GET", "/v1/terms", {}, b"", TIMEOUT_S) as response:
+        async with self._http.answer("GET", "/v1/terms", timeout_s=TIMEOUT_S) as response:
             body = await read_answer(response, MAX_TERMS_BYTES)
         terms = FederationTerms.from_json(body)
         if aggregator is not None and terms.aggregator != aggregator:
@@ -92,7 +84,9 @@ class AggregatorClient:
         timeout_s = self._known_terms.answer_s + TIMEOUT_S
         try:
             with unfinished.open("wb") as file:
-                async with self._asked("GET", request, headers, b"", timeout_s) as response:
+                async with self._http.answer(
+                    "GET", request, headers=headers, timeout_s=timeout_s
+                ) as response:
                     async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
                         size_bytes += len(chunk)
                         if size_bytes > stored.size_bytes:
@@ -120,31 +114,9 @@ class AggregatorClient:
         self, method: str, path: str, body: bytes, maximum_bytes: int, timeout_s: float
     ) -> bytes:
         headers = self._headers(method, path, body)
-        async with self._asked(method, path, headers, body, timeout_s) as response:
+        async with self._http.answer(
+            method, path, body=body or None, headers=headers, timeout_s=timeout_s
+        ) as response:
             answer = await read_answer(response, maximum_bytes)
         check_answer(response.headers, self._known_terms.aggregator, headers[SIGNATURE], answer)
         return answer
-
-    @asynccontextmanager
-    async def _asked(
-        self, method: str, path: str, headers: dict[str, str], body: bytes, timeout_s: float
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        if self._session is None:
-            raise RuntimeError("use it as an async context manager")
-        try:
-            async with (
-                asyncio.timeout(timeout_s),
-                self._session.request(
-                    method,
-                    self._url + path,
-                    data=body or None,
-                    headers=headers,
-                    allow_redirects=False,
-                    timeout=aiohttp.ClientTimeout(total=None),
-                ) as response,
-            ):
-                if response.status != 200:
-                    raise await refusal(response, "aggregator")
-                yield response
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise NetworkError(f"the aggregator at {self._url} does not answer") from error

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from swarm.client.finetune.options import (
+    Alpha,
+    BatchSize,
+    Dtype,
+    HeldOut,
+    InFlight,
+    Loss,
+    MaximumLength,
+    Optimizer,
+    Rank,
+    Raw,
+    SnapshotEvery,
+    TargetModules,
+    module_names,
+)
 from swarm.client.joining import (
+    AsJson,
     Config,
     Peers,
     PolicyFile,
@@ -17,9 +33,11 @@ from swarm.client.joining import (
     prepare_process,
     settings_from,
 )
-from swarm.client.output import note
+from swarm.command_results import print_result
 
 if TYPE_CHECKING:
+    from swarm.client.config import ClientSettings
+    from swarm.client.finetune.federation.process import Beginning
     from swarm.client.finetune.federation.terms import FederationTerms
     from swarm.client.finetune.settings import FinetuneSettings
 
@@ -38,8 +56,6 @@ app = typer.Typer(
 Key = Annotated[
     Path, typer.Option("--key", metavar="FILE", help="Your key; made when it is missing.")
 ]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32 (exact) or bfloat16.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
 
 
 @app.command(name="id", epilog="[bold]Example[/bold]\n\nswarm federate id")
@@ -49,7 +65,7 @@ def show_id(key: Key = KEY_FILE, as_json: AsJson = False) -> None:
         from swarm.protocol.identity import Identity
 
         peer_id = Identity.load_or_create(key.expanduser()).peer_id
-        print(json.dumps({"peer_id": peer_id}) if as_json else peer_id)
+        print_result({"peer_id": peer_id}, peer_id, as_json=as_json)
 
 
 @app.command(
@@ -85,31 +101,23 @@ def run(
         float, typer.Option("--answer-seconds", help="How long each message after that may take.")
     ] = 300.0,
     method: Annotated[str, typer.Option("--method", help="Of --new: lora or dora.")] = "lora",
-    rank: Annotated[int, typer.Option("--rank", help="Of --new.")] = 16,
-    alpha: Annotated[
-        float | None, typer.Option("--alpha", help="Of --new; twice the rank.")
-    ] = None,
-    target_modules: Annotated[
-        str, typer.Option("--target-modules", help="Of --new: comma-separated; as PEFT.")
-    ] = "",
-    loss: Annotated[str, typer.Option("--loss", help="sft or dpo.")] = "sft",
+    rank: Rank = 16,
+    alpha: Alpha = None,
+    target_modules: TargetModules = "",
+    loss: Loss = "sft",
     epochs: Annotated[int, typer.Option("--epochs", help="Of each round.")] = 1,
     steps: Annotated[
         int | None, typer.Option("--steps", help="Of each round, whatever --epochs says.")
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Examples of a step.")] = 8,
+    batch_size: BatchSize = 8,
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", "--lr", help="Highest of each round.")
     ] = 2e-4,
     schedule: Annotated[
         str, typer.Option("--schedule", help="Within a round: constant, linear, cosine.")
     ] = "constant",
-    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, lion, adafactor.")] = (
-        "adamw"
-    ),
-    max_length: Annotated[
-        int, typer.Option("--max-length", help="Longer examples are cut, in tokens.")
-    ] = 512,
+    optimizer: Optimizer = "adamw",
+    max_length: MaximumLength = 512,
     seed: Annotated[int, typer.Option("--seed", help="Of first values and orders.")] = 0,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="0 picks a free one.")] = DEFAULT_PORT,
@@ -135,7 +143,7 @@ def run(
             loss=loss,
             rank=rank,
             alpha=alpha,
-            target_modules=tuple(filter(None, target_modules.replace(" ", "").split(","))),
+            target_modules=module_names(target_modules),
             optimizer=optimizer,
             learning_rate=learning_rate,
             schedule=schedule,
@@ -183,10 +191,7 @@ def run(
                 for one in done
             ],
         }
-        if as_json:
-            print(json.dumps(result))
-        else:
-            note(f"{len(done)} of {terms.rounds} rounds are done")
+        print_result(result, f"{len(done)} of {terms.rounds} rounds are done", as_json=as_json)
 
 
 @app.command(
@@ -221,18 +226,10 @@ def join(
             help="Go on only if these, and nobody else, take part beside you; repeat it.",
         ),
     ] = None,
-    held_out: Annotated[
-        int, typer.Option("--held-out", help="Keep the last examples out, and measure on them.")
-    ] = 0,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Join prompt and completion without a chat template.")
-    ] = False,
-    in_flight: Annotated[
-        int, typer.Option("--in-flight", help="Micro-batches on their way at the same time.")
-    ] = 3,
-    snapshot_every: Annotated[
-        int, typer.Option("--snapshot-every", help="Steps that a failure may cost.")
-    ] = 50,
+    held_out: HeldOut = 0,
+    raw: Raw = False,
+    in_flight: InFlight = 3,
+    snapshot_every: SnapshotEvery = 50,
     peers: Peers = None,
     policy: PolicyFile = None,
     dtype: Dtype = None,
@@ -263,39 +260,40 @@ def join(
             join=settings,
         )
         result = take_part(participation, as_json=as_json)
-        if as_json:
-            print(json.dumps(result))
-        else:
-            note(f"the common adapter is in {out}")
+        print_result(result, f"the common adapter is in {out}", as_json=as_json)
 
 
 def _beginning(
-    adapter: Path | None, new: str | None, recipe: FinetuneSettings, settings: Any
-) -> Any:
+    adapter: Path | None,
+    new: str | None,
+    recipe: FinetuneSettings,
+    settings: Callable[[], ClientSettings],
+) -> Beginning:
     """Raises UsageError unless exactly one of the two ways is chosen."""
     from swarm.client.finetune.federation.process import beginning_of
     from swarm.client.finetune.federation.runs import begin_through_swarm
     from swarm.protocol.errors import UsageError
 
-    if (adapter is None) == (new is None):
-        raise UsageError("begin with either --adapter FOLDER or --new MODEL")
-    if adapter is not None:
+    if adapter is not None and new is None:
         return beginning_of(adapter, recipe)
-    return begin_through_swarm(str(new), recipe, settings())
+    if new is not None and adapter is None:
+        return begin_through_swarm(new, recipe, settings())
+    raise UsageError("begin with either --adapter FOLDER or --new MODEL")
 
 
 def _say_ready(url: str, terms: FederationTerms, as_json: bool) -> None:
-    if as_json:
-        event = {
-            "event": "ready",
-            "url": url,
-            "aggregator": terms.aggregator,
-            "invited": list(terms.invited),
-            "rounds": terms.rounds,
-            "pid": os.getpid(),
-        }
-        print(json.dumps(event), flush=True)
-        return
-    print(f"aggregator of {terms.model} at {url}")
-    print(f"  swarm federate join {url} MODEL --aggregator {terms.aggregator} --data … --out …")
-    print(f"  {len(terms.invited)} invited, {terms.rounds} rounds", flush=True)
+    event = {
+        "event": "ready",
+        "url": url,
+        "aggregator": terms.aggregator,
+        "invited": list(terms.invited),
+        "rounds": terms.rounds,
+        "pid": os.getpid(),
+    }
+    print_result(
+        event,
+        f"aggregator of {terms.model} at {url}",
+        f"  swarm federate join {url} MODEL --aggregator {terms.aggregator} --data … --out …",
+        f"  {len(terms.invited)} invited, {terms.rounds} rounds",
+        as_json=as_json,
+    )

@@ -155,12 +155,9 @@ class Round:
             self._enter(_NEXT[self.phase], answered, now_s + self._answer_s)
             return True
         if self.phase is Phase.ADVERTISE:
-            if is_over:
-                log.info("%d are there, %d are needed", len(answered), self._needed())
-                self._due, self.deadline_s = self._invited, now_s + self._train_s
-            elif self._due != self._invited:
-                # Those who stayed are too few by themselves: the others are waited for again.
-                self._due, self.deadline_s = self._invited, now_s + self._train_s
+            # Those who are there are too few by themselves: the others are waited for (again).
+            log.info("%d are there, %d are needed", len(answered), self._needed())
+            self._due, self.deadline_s = self._invited, now_s + self._train_s
             return False
         log.info("%s: %d answered, %d are needed", self.phase, len(answered), self._needed())
         self.repeat(answered, now_s, fresh_id)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 
 import pytest
 
-from swarm.connection import Connection
 from swarm.membership import Announcer
 from swarm.memory_network import LinkSettings, MemoryNetwork, MemoryPeer, MemorySettings
-from swarm.ports import Stream
-from swarm.protocol.errors import NetworkError
 from swarm.protocol.identity import Identity, PeerId
-from swarm.protocol.messages import Ping, Pong
 from swarm.protocol.records import (
     NodeRecord,
     NodeState,
@@ -24,6 +20,7 @@ from swarm.protocol.records import (
 )
 from swarm.protocol.tensors import DType
 from swarm.protocol.version import STREAM_PROTOCOL
+from swarm.simulation.announced import answer_pings
 from swarm.status.crawler import Crawler
 from swarm.status.lookout import WATCHED
 from swarm.status.snapshot import Crawl
@@ -51,15 +48,6 @@ def record_of(identity: Identity) -> NodeRecord:
         sequence=1,
         expires_unix_s=0,
     )
-
-
-async def answer_pings(stream: Stream) -> None:
-    with suppress(NetworkError):
-        async with Connection(stream) as connection:
-            await connection.answer_hello(5.0)
-            while True:
-                ping = await connection.receive_only(Ping)
-                await connection.send(Pong(nonce=ping.nonce))
 
 
 class Swarm:
