@@ -337,7 +337,8 @@ class ToyPlanner:
                 twice = any(hop.peer_id == peer.peer_id for hop in hops)
                 if usable and not twice and engine.first_block <= start < engine.end_block:
                     end = min(engine.end_block, end_block, start + self.longest_blocks)
-                    hops.append(PlannedHop(peer.peer_id, f"node {index}", (), start, end))
+                    addresses = self._swarm.addresses
+                    hops.append(PlannedHop(peer.peer_id, f"node {index}", addresses, start, end))
                     start = end
                     break
             else:
@@ -381,6 +382,8 @@ class ToySwarm:
     ) -> None:
         """``books``: nodes want vouchers, and the client signs them."""
         self._books = books
+        self.addresses: tuple[str, ...] = ()
+        """What all nodes say of themselves."""
         self.network = MemoryNetwork(seed, settings or MemorySettings(), on_event=on_event)
         self.clock = LoopClock()
         self.client = self.network.join(Identity.generate())

@@ -104,6 +104,27 @@ def test_pieces_of_a_long_prompt_are_in_different_hops_at_the_same_time(
     virtual_time.run(main())
 
 
+def test_on_one_machine_pieces_of_a_long_prompt_go_one_after_the_other(
+    toy_swarm: Any, make_tensor: Any
+) -> None:
+    """Two nodes that compute at once would take each other's cores."""
+
+    async def main() -> None:
+        swarm = toy_swarm(SPANS)
+        swarm.addresses = ("/ip4/192.168.1.5/tcp/31330",)
+        for node in swarm.nodes:
+            node.engine.step_s = 1.0
+        await swarm.start()
+        async with swarm.chain() as chain:
+            started_s = swarm.clock.monotonic_s()
+            await chain.step(make_tensor(Random(1), 1, 64), 0, output_tokens=1)
+            elapsed_s = swarm.clock.monotonic_s() - started_s
+        assert 23.99 <= elapsed_s < 24.5, "8 pieces through 3 hops of 1 s"
+        await swarm.assert_nothing_left()
+
+    virtual_time.run(main())
+
+
 def test_a_step_takes_one_latency_per_link(toy_swarm: Any, make_tensor: Any) -> None:
     async def main() -> None:
         swarm = toy_swarm(SPANS, settings=MemorySettings(link=LinkSettings(latency_s=0.025)))
