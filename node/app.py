@@ -132,6 +132,7 @@ async def _run(
     """What nodes and seeds share: key, signals, metrics, view, and one error instead of a group."""
     leaving = asyncio.Event()
     board = Board(status, NodeMetrics())
+    board.metrics.watch_tasks(asyncio.get_running_loop())
     control = control_path(settings.identity_file)
     try:
         async with AsyncExitStack() as stack:

@@ -365,6 +365,7 @@ class NodeLife:
             adapter_catalogue=CatalogueAdapters(self._weights.library, revision),
             ledger=ledger,
         )
+        self._board.metrics.watch_service(service)
         await service.start()
         return service
 

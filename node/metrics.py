@@ -7,6 +7,7 @@ metrics mean: their help texts.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from wsgiref.simple_server import WSGIServer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
 from prometheus_client.exposition import generate_latest
 
+from swarm.journal import JournalBudget
 from swarm.node.engine.api import EngineLoad
 from swarm.protocol.errors import ErrorCode
 
@@ -30,6 +32,16 @@ class LoadedEngine(Protocol):
 
     @property
     def load(self) -> EngineLoad: ...
+
+
+class RunningService(Protocol):
+    """The part of a service that is asked when metrics are read."""
+
+    @property
+    def streams(self) -> int: ...
+
+    @property
+    def journals(self) -> JournalBudget: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +71,15 @@ class NodeMetrics:
         self._info = Info("swarm_node", "What computes on this node.", registry=registry)
         self._sessions_open = Gauge(
             "swarm_node_sessions_open", "Sessions open now.", registry=registry
+        )
+        self._streams_open = Gauge(
+            "swarm_node_streams_open", "Streams of peers being answered now.", registry=registry
+        )
+        self._journal_bytes = Gauge(
+            "swarm_node_journal_bytes", "Kept of what sessions have sent on.", registry=registry
+        )
+        self._tasks = Gauge(
+            "swarm_node_tasks", "Tasks of the event loop that have not ended.", registry=registry
         )
         self._sessions = Counter(
             "swarm_node_sessions_total", "Sessions opened since the start.", registry=registry
@@ -161,6 +182,15 @@ class NodeMetrics:
         self._cache_total.set_function(lambda: engine.load.cache_tokens_total)
         self._queued.set_function(lambda: engine.load.queued_steps)
         self._busy.set_function(lambda: engine.load.busy_fraction)
+
+    def watch_service(self, service: RunningService) -> None:
+        """Read what is open, and what is kept for it, whenever the metrics are read."""
+        self._streams_open.set_function(lambda: service.streams)
+        self._journal_bytes.set_function(lambda: service.journals.used_bytes)
+
+    def watch_tasks(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Count the tasks of a running loop whenever the metrics are read."""
+        self._tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
 
     def forget_engine(self) -> None:
         """No engine is loaded any more."""

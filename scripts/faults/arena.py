@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from scripts.faults.network import Hosts, Partition, run_in_namespace
-from scripts.faults.processes import PROCESS_FAULTS, Fault, Processes
+from scripts.faults.processes import PROCESS_FAULTS, Drain, Fault, Processes
 from scripts.local_swarm import LocalSwarm, Member, Span, SwarmPlan, equal_spans
 from scripts.netlab import Host
 from swarm.catalogue.checkpoint import Checkpoint
@@ -22,6 +22,18 @@ from swarm.protocol.identity import PeerId
 POLL_S = 0.02
 METRICS_TIMEOUT_S = 2.0
 START_DEADLINE_S = 240.0
+REST_METRICS = (
+    "sessions_open",
+    "cache_tokens_used",
+    "streams_open",
+    "queued_steps",
+    "journal_bytes",
+)
+"""Of a node; 0 while no session is open."""
+TASKS = "swarm_node_tasks"
+REST_LOOKS = 30
+OWN_TASKS = 4
+"""So many more tasks than at rest are a node's own: it announces, looks around, pings."""
 
 
 class Fighter:
@@ -44,20 +56,18 @@ class Fighter:
     def name(self) -> str:
         return self.member.name
 
-    def metric(self, pattern: str) -> float:
-        """The sum of all metrics whose name and labels match; blocks, and raises OSError."""
+    def metrics(self) -> str:
+        """All metrics as text; blocks, and raises OSError."""
         url = self.member.metrics_url
         if url is None:
             raise ValueError(f"{self.name} has no metrics")
         if self.host is None:
-            text = _fetch(url)
-        else:
-            text = run_in_namespace(self.host.namespace, lambda: _fetch(url))
-        return sum(map(float, re.findall(rf"^{pattern} (\S+)$", text, re.MULTILINE)))
+            return _fetch(url)
+        return run_in_namespace(self.host.namespace, lambda: _fetch(url))
 
     async def metric_soon(self, pattern: str) -> float:
-        """``metric`` without blocking the event loop."""
-        return await asyncio.to_thread(self.metric, pattern)
+        """The sum of all metrics whose name and labels match. Raises OSError."""
+        return metric_sum(await asyncio.to_thread(self.metrics), pattern)
 
 
 class Arena:
@@ -86,11 +96,14 @@ class Arena:
             )
         )
         self.fighters: dict[PeerId, Fighter] = {}
+        self.problems: list[str] = []
+        """What is wrong with nodes beside their sessions."""
         self._spans = spans
         self._hosts = hosts
         self._mending: set[asyncio.Task[None]] = set()
         self._hurrying = asyncio.Event()
         self._recomputed: dict[Fighter, int] = {}
+        self._least_tasks: dict[Fighter, float] = {}
 
     def __enter__(self) -> Self:
         self.swarm.__enter__()
@@ -162,7 +175,9 @@ class Arena:
             return
         await asyncio.to_thread(fault.undo)
         if fault.ends_node:
-            await asyncio.to_thread(fighter.member.process.wait, 120.0)
+            code = await asyncio.to_thread(fighter.member.process.wait, 120.0)
+            if fault.kind == Drain.kind and code != 0:
+                self.problems.append(f"{fighter.name} was to leave, and ended with code {code}")
             del self.fighters[fighter.peer_id]
             self._add(await asyncio.to_thread(self.swarm.restart, fighter.member))
         else:
@@ -207,33 +222,58 @@ class Arena:
                     self._recomputed[fighter] = int(count)
         return sum(self._recomputed.values())
 
+    async def note_rest(self) -> None:
+        """Take the tasks of nodes for what a node has at rest; while no session is open."""
+        fighters = self.live_ones()
+        for _ in range(REST_LOOKS):
+            counts = await asyncio.gather(*(one.metric_soon(TASKS) for one in fighters))
+            for fighter, count in zip(fighters, counts, strict=True):
+                self._least_tasks[fighter] = min(count, self._least_tasks.get(fighter, count))
+            await asyncio.sleep(POLL_S * 5)
+
     async def leaks(self, timeout_s: float, ignored: Collection[Fighter] = ()) -> list[str]:
         """What is left of sessions on live nodes, once it is nothing or ``timeout_s`` have passed.
 
         Only while no session should be open.
         """
         deadline_s = time.monotonic() + timeout_s
+        suspects = [one for one in self.live_ones() if one not in ignored]
         while True:
-            found: list[str] = []
-            for fighter in tuple(self.fighters.values()):
-                if fighter.fault is not None or fighter in ignored:
-                    continue
-                for metric in ("swarm_node_sessions_open", "swarm_node_cache_tokens_used"):
-                    try:
-                        value = await fighter.metric_soon(metric)
-                    except OSError as error:
-                        found.append(f"{fighter.name}: {error}")
-                        break
-                    if value != 0:
-                        found.append(f"{fighter.name}: {metric} {value:.0f}")
+            found = {one: left for one in suspects if (left := await self._left_on(one))}
             if not found or time.monotonic() > deadline_s:
-                return found
+                return [f"{one.name}: {left}" for one, left in found.items()]
+            suspects = list(found)
             await asyncio.sleep(POLL_S * 5)
+
+    def live_ones(self) -> list[Fighter]:
+        """All nodes with which nothing is wrong."""
+        return [one for one in self.fighters.values() if one.fault is None]
+
+    async def _left_on(self, fighter: Fighter) -> str:
+        try:
+            text = await asyncio.to_thread(fighter.metrics)
+        except OSError as error:
+            return str(error)
+        left = [
+            f"{metric} {value:.0f}"
+            for metric in REST_METRICS
+            if (value := metric_sum(text, f"swarm_node_{metric}"))
+        ]
+        tasks = metric_sum(text, TASKS)
+        at_rest = max(self._least_tasks.values(), default=tasks)
+        if tasks > at_rest + OWN_TASKS:
+            left.append(f"{tasks:.0f} tasks, {at_rest:.0f} at rest")
+        return ", ".join(left)
 
     def _add(self, member: Member) -> None:
         host = None if self._hosts is None else self._hosts.of(member.place)
         fighter = Fighter(member, self._spans.index(member.span), host)
         self.fighters[fighter.peer_id] = fighter
+
+
+def metric_sum(text: str, pattern: str) -> float:
+    """Of all metrics in Prometheus' text format whose name and labels match."""
+    return sum(map(float, re.findall(rf"^{pattern} (\S+)$", text, re.MULTILINE)))
 
 
 def _fetch(url: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 
 from scripts.faults.answers import Session, Task
 from scripts.faults.arena import Arena, Fighter, until
-from scripts.faults.moments import HEALED_AFTER_TOKENS, Moment, Trigger
+from scripts.faults.moments import HEALED_AFTER_TOKENS, Case, Trigger
 from scripts.faults.network import OFFLINE, OFFLINE_S
 from scripts.faults.progress import Event
 from scripts.faults.sessions import Watched
@@ -20,20 +21,6 @@ from swarm.protocol.identity import PeerId
 CASE_TIMEOUT_S = 60.0
 LEAK_TIMEOUT_S = 15.0
 COMPUTE_SECONDS = "swarm_node_step_compute_seconds_sum"
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """``kind`` strikes the nodes of ``stages`` at ``moment``."""
-
-    kind: str
-    moment: Moment
-    stages: tuple[int, ...]
-
-    @property
-    def label(self) -> str:
-        stages = "+".join(str(stage) for stage in self.stages)
-        return f"{self.kind} hop {stages}, {self.moment.name}"
 
 
 @dataclass(slots=True)
@@ -53,6 +40,8 @@ class Outcome:
     """Hops that moved to another node without being computed again."""
     replayed_tokens: int = 0
     replayed_bytes: int = 0
+    load_average: float = 0.0
+    """Of the machine in the last minute: how much else it had to do."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -87,18 +76,23 @@ class CaseRunner:
             session = await self._watched.run(task)
             problems += _problems_of(session)
         problems += await self._arena.leaks(LEAK_TIMEOUT_S)
+        await self._arena.note_rest()
         self._tasks_at_rest = len(asyncio.all_tasks())
         return problems
 
     async def leftovers(self) -> list[str]:
-        """What the client still does although no session is open."""
+        """What is left when no session is open: on the nodes, and at the client."""
         await self._arena.mended()
+        left = self._arena.problems + await self._arena.leaks(LEAK_TIMEOUT_S)
         with contextlib.suppress(TimeoutError):
             await until(
                 lambda: len(asyncio.all_tasks()) <= self._tasks_at_rest, 5.0, "the client's tasks"
             )
-            return []
-        return [f"{len(asyncio.all_tasks())} tasks of the client, {self._tasks_at_rest} at rest"]
+            return left
+        left.append(
+            f"{len(asyncio.all_tasks())} tasks of the client, {self._tasks_at_rest} at rest"
+        )
+        return left
 
     async def run(self, case: Case, task: Task | None = None) -> Outcome:
         """One case on a whole swarm; afterwards its nodes are being mended."""
@@ -126,6 +120,7 @@ class CaseRunner:
                 await strike.close()
         session = strike.session or session
         outcome.duration_s = time.monotonic() - started_s
+        outcome.load_average = os.getloadavg()[0]
         if strike.struck_s is None:
             outcome.problems.append("the moment did not come")
         if session is not None:

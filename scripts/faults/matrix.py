@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from scripts.faults.answers import Task
 from scripts.faults.arena import Arena
-from scripts.faults.cases import CASE_TIMEOUT_S, Case, CaseRunner, Outcome
+from scripts.faults.cases import CASE_TIMEOUT_S, CaseRunner, Outcome
 from scripts.faults.last_replica import lose_all_replicas
-from scripts.faults.moments import Moment
-from scripts.faults.network import OFFLINE, Hosts
-from scripts.faults.processes import Kill
+from scripts.faults.moments import HALF_FILLED, Case, Moment, cases
+from scripts.faults.network import Hosts
 from scripts.faults.report import matrix_document, print_matrix, print_outcome
 from scripts.faults.sessions import Watched, make_tasks
 from swarm.client.background import BackgroundLoop
@@ -60,39 +58,16 @@ class MatrixPlan:
     """Hosts of the network lab, one for each node; the caller is on the client's."""
 
 
-def cases(
-    kinds: Sequence[str], moments: Sequence[Moment], stages: Sequence[int], *, pairs: bool
-) -> list[Case]:
-    """All combinations, ordered so that killed nodes have time to come back before their next turn.
-
-    With ``pairs`` also two adjacent hops at once, killed while a prompt and while tokens pass.
-    """
-    found = [
-        Case(kind, moment, (stage,))
-        for kind in kinds
-        for moment in moments
-        for stage in (stages if kind != OFFLINE else stages[:1])
-    ]
-    if pairs:
-        chosen = [moment for moment in moments if moment.name in ("prompt sent", "token 8")]
-        found += [
-            Case(Kill.kind, moment, (stage, stage + 1))
-            for moment in chosen
-            for stage in stages
-            if stage + 1 in stages
-        ]
-    return found
-
-
 async def timed(
     runner: CaseRunner, kind: str, stage: int, task: Task, prefill_s: dict[int, float]
 ) -> tuple[Outcome, str]:
     """A fault in the middle of ``task``, and a line that says how it is to its limit."""
     outcome = await runner.run(Case(kind, TIMED_MOMENT, (stage,)), task)
+    load = f", load average {outcome.load_average:.1f}"
     if kind == SLOW:
         replaced = outcome.heals + outcome.hand_overs
         outcome.problems += [] if replaced else ["the slow hop was not replaced"]
-        return outcome, f"{outcome.case.label}: replaced {replaced} times"
+        return outcome, f"{outcome.case.label}: replaced {replaced} times{load}"
     if kind == DRAIN:
         outcome.problems += [] if outcome.hand_overs else ["nothing was handed over"]
         taken_s, limit_s = outcome.longest_step_s, DRAIN_FACTOR * outcome.median_step_s
@@ -101,7 +76,7 @@ async def timed(
         limit_s = LIMITS_S[kind] + PREFILL_FACTOR * prefill_s[stage]
     if taken_s > limit_s:
         outcome.problems.append(f"{taken_s:.2f} s to the next token, limit {limit_s:.2f} s")
-    return outcome, f"{outcome.case.label}: {taken_s:.2f} s, limit {limit_s:.2f} s"
+    return outcome, f"{outcome.case.label}: {taken_s:.2f} s, limit {limit_s:.2f} s{load}"
 
 
 def run_matrix(plan: MatrixPlan, console: Console) -> bool:
@@ -119,6 +94,11 @@ def run_matrix(plan: MatrixPlan, console: Console) -> bool:
     problems: list[str] = []
     limits: list[str] = []
 
+    def save() -> None:
+        if plan.json is not None:
+            document = matrix_document(outcomes, limits, problems)
+            plan.json.write_text(json.dumps(document, indent=1))
+
     async def run() -> None:
         runner = CaseRunner(arena, watched, plain, looked_up)
         started.append(runner)
@@ -129,8 +109,10 @@ def run_matrix(plan: MatrixPlan, console: Console) -> bool:
                 bar = progress.add_task("", total=len(todo))
                 for case in todo:
                     progress.update(bar, description=case.label)
-                    outcomes.append(await runner.run(case))
+                    task = long if case.moment is HALF_FILLED else None
+                    outcomes.append(await runner.run(case, task))
                     print_outcome(console, outcomes[-1])
+                    save()
                     progress.advance(bar)
             if plan.timing_rounds:
                 await arena.mended()
@@ -165,8 +147,7 @@ def run_matrix(plan: MatrixPlan, console: Console) -> bool:
             background.run(run())
     finally:  # a run that is interrupted says how far it came
         print_matrix(console, outcomes, limits, problems)
-        if plan.json is not None:
-            plan.json.write_text(json.dumps(matrix_document(outcomes, problems), indent=1))
+        save()
     return not problems and not any(outcome.problems for outcome in outcomes)
 
 

@@ -1,13 +1,15 @@
-"""The moments at which the matrix of faults strikes, defined by what the client sees.
+"""The moments at which the matrix of faults strikes, defined by what the client sees; its cases.
 
 A moment belongs to a *stage*: the hop whose node is to be hurt. None of them is a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from scripts.faults.network import OFFLINE, Partition
+from scripts.faults.processes import Freeze, Kill
 from scripts.faults.progress import Event
 
 HEALED_AFTER_TOKENS = 4
@@ -66,6 +68,62 @@ MOMENTS = (
     ),
     Moment("replacement filled", "healing", "received", "Replayed", of_stage=True, healing=True),
 )
+
+
+HALF_FILLED = Moment(
+    "replacement half filled", "healing", "received", "Replayed", of_stage=True, healing=True
+)
+"""With a context of two pieces of replay: the first has come, the second has not."""
+
+DEADLY = (Kill.kind, Freeze.kind, Partition.kind)
+"""What no replacement survives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """``kind`` strikes the nodes of ``stages`` at ``moment``."""
+
+    kind: str
+    moment: Moment
+    stages: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        stages = "+".join(str(stage) for stage in self.stages)
+        return f"{self.kind} hop {stages}, {self.moment.name}"
+
+
+def cases(
+    kinds: Sequence[str], moments: Sequence[Moment], stages: Sequence[int], *, pairs: bool
+) -> list[Case]:
+    """All combinations, ordered so that killed nodes have time to come back before their next turn.
+
+    With ``pairs`` also two adjacent hops at once, while a prompt and while tokens pass.
+    """
+    found = [
+        Case(kind, moment, (stage,))
+        for kind in kinds
+        for moment in moments
+        for stage in (stages if kind != OFFLINE else stages[:1])
+    ]
+    if any(moment.healing for moment in moments):
+        found += [
+            Case(kind, HALF_FILLED, (stage,))
+            for kind in kinds
+            if kind in DEADLY
+            for stage in stages
+        ]
+    if pairs:
+        chosen = [moment for moment in moments if moment.name in ("prompt sent", "token 8")]
+        found += [
+            Case(kind, moment, (stage, stage + 1))
+            for kind in kinds
+            if kind != OFFLINE
+            for moment in chosen
+            for stage in stages
+            if stage + 1 in stages
+        ]
+    return found
 
 
 class Trigger:

@@ -168,3 +168,6 @@ PROCESS_FAULTS: dict[str, Callable[[Processes], Fault]] = {
     "drain": Drain,
 }
 """By kind; each takes the node's :class:`Processes`."""
+
+ENDING_FAULTS = (Kill.kind, Crash.kind, Drain.kind)
+"""After which a node has to be started again."""

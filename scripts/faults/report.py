@@ -13,11 +13,30 @@ from rich.table import Table
 if TYPE_CHECKING:
     from scripts.faults.cases import Outcome
 
+LEVEL_TOLERANCE = 0.03
+
 
 def percentile(values: Sequence[float], percent: int) -> float:
     """The value that ``percent`` % of ``values`` do not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+
+
+def levels_off_after_s(points: Sequence[tuple[float, int]]) -> float | None:
+    """The age from which on a node's memory stays near the mean of its last quarter.
+
+    ``points`` are ages in seconds and bytes. None when the last quarter itself does not.
+    """
+    last = points[len(points) * 3 // 4 :]
+    if not last:
+        return None
+    level = statistics.fmean(size for _, size in last)
+    after_s = None
+    for age_s, size in reversed(points):
+        if abs(size - level) > LEVEL_TOLERANCE * level:
+            break
+        after_s = age_s
+    return after_s if after_s is not None and after_s <= last[0][0] else None
 
 
 def print_outcome(console: Console, outcome: Outcome) -> None:
@@ -41,6 +60,8 @@ def print_matrix(
     for outcome in outcomes:
         pair = "two hops, " if len(outcome.case.stages) > 1 else ""
         groups.setdefault((pair + outcome.case.kind, outcome.case.moment.phase), []).append(outcome)
+    for outcome in outcomes:
+        groups.setdefault((outcome.case.kind, "all"), []).append(outcome)
     for (kind, phase), members in groups.items():
         stalls = [outcome.stall_s for outcome in members if outcome.stall_s is not None]
         failed = sum(bool(outcome.problems) for outcome in members)
@@ -69,7 +90,9 @@ def seconds_of(values: Sequence[float]) -> tuple[str, str, str]:
     return (f"{numbers[0]:.2f} s", f"{numbers[1]:.2f} s", f"{numbers[2]:.2f} s")
 
 
-def matrix_document(outcomes: Sequence[Outcome], problems: Sequence[str]) -> dict[str, Any]:
+def matrix_document(
+    outcomes: Sequence[Outcome], limits: Sequence[str], problems: Sequence[str]
+) -> dict[str, Any]:
     """The same for programs."""
     return {
         "cases": [
@@ -79,7 +102,10 @@ def matrix_document(outcomes: Sequence[Outcome], problems: Sequence[str]) -> dic
                 "moment": outcome.case.moment.name,
                 "stages": outcome.case.stages,
                 "stall_s": outcome.stall_s,
+                "longest_step_s": outcome.longest_step_s,
+                "median_step_s": outcome.median_step_s,
                 "duration_s": outcome.duration_s,
+                "load_average": outcome.load_average,
                 "heals": outcome.heals,
                 "hand_overs": outcome.hand_overs,
                 "replayed_tokens": outcome.replayed_tokens,
@@ -88,5 +114,6 @@ def matrix_document(outcomes: Sequence[Outcome], problems: Sequence[str]) -> dic
             }
             for outcome in outcomes
         ],
+        "limits": list(limits),
         "problems": list(problems),
     }

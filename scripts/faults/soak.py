@@ -3,6 +3,9 @@
 Faults come at random times and hit random nodes, but a block always keeps a live replica. Nodes
 that ended are started again; the others are mended after a while. Each answer is compared with the
 undisturbed model's; when the time is over nothing may be left on any node.
+
+One node, the *survivor*, is never ended, only frozen, slowed down and cut off like the others: its
+memory is what shows whether a node keeps something of what it lives through.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import random
 import statistics
 import time
@@ -25,10 +29,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from scripts.faults.answers import Session, Task
-from scripts.faults.arena import Arena
+from scripts.faults.arena import Arena, Fighter
 from scripts.faults.network import OFFLINE, OFFLINE_S, Hosts
+from scripts.faults.processes import ENDING_FAULTS
 from scripts.faults.progress import Event
-from scripts.faults.report import seconds_of
+from scripts.faults.report import levels_off_after_s, seconds_of
 from scripts.faults.sessions import Watched, make_tasks
 from swarm.client.background import BackgroundLoop
 
@@ -41,6 +46,7 @@ SETTLED_AFTER_S = 300.0
 """A node's memory counts from this age on: by then it has computed batches of all shapes."""
 WATCHED_FOR_S = 300.0
 FLAT_MB_PER_HOUR = 120.0
+MINUTES_APART = 3
 LEAK_TIMEOUT_S = 45.0
 FINISH_TIMEOUT_S = 180.0
 
@@ -108,6 +114,9 @@ class Soak:
         self.memory: dict[str, list[tuple[float, int]]] = {}
         """Resident bytes of each node by its age in seconds."""
         self.started_s = time.monotonic()
+        self.loads: list[float] = []
+        """Load averages of the machine, in the last minute each."""
+        self.survivor = self._dice.choice(sorted(arena.live_ones(), key=lambda one: one.name))
         self._online = asyncio.Event()
         self._online.set()
         self._offline_s: list[tuple[float, float]] = []
@@ -120,6 +129,7 @@ class Soak:
             times = session.times_s
             self.undisturbed_step_s += [later - one for one, later in itertools.pairwise(times)]
         self.problems += await self._arena.leaks(LEAK_TIMEOUT_S)
+        await self._arena.note_rest()
 
     async def run(self) -> None:
         """Run for the planned time, then let sessions finish and look for what is left."""
@@ -136,7 +146,7 @@ class Soak:
                 task.cancel()
         await self._arena.mended()
         leaks = await self._arena.leaks(LEAK_TIMEOUT_S)
-        self.problems += [f"left behind: {leak}" for leak in leaks]
+        self.problems += [f"left behind: {leak}" for leak in leaks] + self._arena.problems
         left = len(asyncio.all_tasks())
         if left > tasks_at_rest:
             self.problems.append(f"{left} tasks of the client, {tasks_at_rest} at rest")
@@ -167,7 +177,7 @@ class Soak:
                 await self._lose_network()
                 continue
             may = sorted(
-                (one for one in self._arena.fighters.values() if self._arena.may_hurt(one)),
+                (one for one in self._arena.fighters.values() if self._may(kind, one)),
                 key=lambda one: one.name,
             )
             if not may:
@@ -180,6 +190,10 @@ class Soak:
             self.happened.append(Happened(kind, fighter.name, since_s, struck_s, affected))
             self._say(f"{since_s:6.0f} s  {kind} {fighter.name}, {len(affected)} sessions")
             self._arena.mend_soon(fighter, duration_s)
+
+    def _may(self, kind: str, fighter: Fighter) -> bool:
+        ends_survivor = kind in ENDING_FAULTS and fighter is self.survivor
+        return self._arena.may_hurt(fighter) and not ends_survivor
 
     async def _lose_network(self) -> None:
         sessions = list(self._running)
@@ -202,6 +216,7 @@ class Soak:
                 if resident:
                     ages = self.memory.setdefault(fighter.name, [])
                     ages.append((now_s - fighter.started_s, resident))
+            self.loads.append(os.getloadavg()[0])
             self.recomputed = await self._arena.recomputed_tokens()
             await asyncio.sleep(MEMORY_PERIOD_S)
 
@@ -267,8 +282,22 @@ class Soak:
         )
         for name, growth in document["growth_mb_per_hour"].items():
             console.print(f"  memory of {name}: {growth:+.0f} MB an hour")
+        console.print(f"  {self.life_of_survivor()}", soft_wrap=True)
         for problem in self.problems:
             console.print(f"  {escape(problem)}", style="red", soft_wrap=True)
+
+    def life_of_survivor(self) -> str:
+        """The memory of the node that was never ended, every few minutes."""
+        points = self.memory.get(self.survivor.name, [])
+        by_minute = {int(age_s / 60): size for age_s, size in points}
+        sizes = ", ".join(
+            f"{size / 1e6:.0f} MB after {minute} min"
+            for minute, size in by_minute.items()
+            if minute % MINUTES_APART == 0
+        )
+        level_s = levels_off_after_s(points)
+        levels = "still changes" if level_s is None else f"is level from {level_s / 60:.1f} min on"
+        return f"{self.survivor.name} lived through everything: {sizes}; {levels}"
 
     def document(self) -> dict[str, Any]:
         """The same and more for programs."""
@@ -291,6 +320,8 @@ class Soak:
                 }
                 for happened in self.happened
             ],
+            "load_average": statistics.fmean(self.loads or [0.0]),
+            "survivor": self.survivor.name,
             "growth_mb_per_hour": self.growth_mb_per_hour(),
             "memory": self.memory,
             "problems": self.problems,

@@ -12,7 +12,8 @@ import pytest
 
 from scripts.faults.answers import Task
 from scripts.faults.arena import Arena
-from scripts.faults.cases import Case, CaseRunner, Outcome
+from scripts.faults.cases import CaseRunner, Outcome
+from scripts.faults.moments import Case
 from scripts.faults.progress import Event
 from scripts.faults.sessions import Watched, make_tasks
 from swarm.client.background import BackgroundLoop

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from scripts.faults.cases import Case
 from scripts.faults.last_replica import lose_all_replicas
-from scripts.faults.moments import Moment
+from scripts.faults.moments import Case, Moment
 
 if TYPE_CHECKING:
     from .conftest import Chaos

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import urllib.request
@@ -10,6 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from swarm.client.metrics import ClientMetrics
+from swarm.journal import JournalBudget
 from swarm.node.engine.api import EngineLoad
 from swarm.node.metrics import MetricsServer, NodeMetrics, NodeTotals
 from swarm.protocol.errors import ErrorCode
@@ -44,6 +46,30 @@ def samples(text: str) -> dict[str, float]:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+class BusyService:
+    def __init__(self) -> None:
+        self.streams = 2
+        self.journals = JournalBudget()
+        self.journals.take(48)
+
+
+async def test_what_is_open_and_what_runs_is_read_with_the_metrics() -> None:
+    metrics = NodeMetrics()
+    metrics.watch_service(BusyService())
+    metrics.watch_tasks(asyncio.get_running_loop())
+    ended = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(3):
+            group.create_task(ended.wait())
+        # Metrics are read in the thread of their server.
+        found = samples(await asyncio.to_thread(metrics.text))
+        ended.set()
+    assert found["swarm_node_streams_open"] == 2
+    assert found["swarm_node_journal_bytes"] == 48
+    assert found["swarm_node_tasks"] == 4  # with this one
+    assert samples(metrics.text())["swarm_node_tasks"] == 1
 
 
 def test_what_happened_is_counted(metrics: NodeMetrics) -> None:

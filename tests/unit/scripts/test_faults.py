@@ -7,9 +7,10 @@ from typing import Any, NoReturn
 import pytest
 
 from scripts.faults.answers import Session, Task
-from scripts.faults.moments import MOMENTS, Moment, Trigger
+from scripts.faults.moments import HALF_FILLED, MOMENTS, Moment, Trigger, cases
+from scripts.faults.processes import ENDING_FAULTS, Crash, Drain, Freeze, Kill, Slow
 from scripts.faults.progress import Event, WatchedChains, WatchedStream
-from scripts.faults.report import percentile
+from scripts.faults.report import levels_off_after_s, percentile
 from swarm.ports import Buffer
 from swarm.protocol.codec import PREFIX_BYTES, encode
 from swarm.protocol.identity import Identity, PeerId
@@ -96,6 +97,35 @@ def test_a_trigger_fires_once_at_the_count_of_its_stage() -> None:
     trigger.hear(mine)
     trigger.hear(mine)
     assert fired == [mine]
+
+
+def test_faults_that_end_a_node_are_known_as_such() -> None:
+    # As the faults themselves say, by which the arena starts nodes again.
+    assert {fault.kind for fault in (Kill, Crash, Freeze, Slow, Drain) if fault.ends_node} == set(
+        ENDING_FAULTS
+    )
+
+
+def test_two_hops_at_once_and_a_replacement_that_dies_half_filled_are_cases_of_each_kind() -> None:
+    found = cases(("kill", "freeze"), MOMENTS, (0, 1, 2), pairs=True)
+    assert len([one for one in found if len(one.stages) == 1 and one.moment in MOMENTS]) == 120
+    pairs = {(one.kind, one.moment.name, one.stages) for one in found if len(one.stages) == 2}
+    assert pairs == {
+        (kind, moment, stages)
+        for kind in ("kill", "freeze")
+        for moment in ("prompt sent", "token 8")
+        for stages in ((0, 1), (1, 2))
+    }
+    assert len([one for one in found if one.moment is HALF_FILLED]) == 6
+
+
+def test_memory_is_level_from_where_it_stays_near_its_end() -> None:
+    rising = [(60.0 * minute, 200 + 10 * min(minute, 10)) for minute in range(30)]
+    level_s = levels_off_after_s(rising)
+    assert level_s is not None
+    assert 9 * 60 <= level_s <= 10 * 60
+    assert levels_off_after_s([(age_s, 200 + int(age_s)) for age_s, _ in rising]) is None
+    assert levels_off_after_s([]) is None
 
 
 def test_there_are_twenty_moments_with_names_of_their_own() -> None:
