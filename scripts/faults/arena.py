@@ -32,8 +32,6 @@ REST_METRICS = (
 """Of a node; 0 while no session is open."""
 TASKS = "swarm_node_tasks"
 REST_LOOKS = 30
-OWN_TASKS = 4
-"""So many more tasks than at rest are a node's own: it announces, looks around, pings."""
 
 
 class Fighter:
@@ -261,7 +259,7 @@ class Arena:
         ]
         tasks = metric_sum(text, TASKS)
         at_rest = max(self._least_tasks.values(), default=tasks)
-        if tasks > at_rest + OWN_TASKS:
+        if tasks > at_rest:  # more for a moment when it announces, looks around or pings
             left.append(f"{tasks:.0f} tasks, {at_rest:.0f} at rest")
         return ", ".join(left)
 
