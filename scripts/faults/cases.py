@@ -19,7 +19,8 @@ from scripts.faults.sessions import Watched
 from swarm.protocol.identity import PeerId
 
 CASE_TIMEOUT_S = 60.0
-LEAK_TIMEOUT_S = 15.0
+LEAK_TIMEOUT_S = 45.0
+"""A node gives a stream up when it was silent for 30 s."""
 COMPUTE_SECONDS = "swarm_node_step_compute_seconds_sum"
 
 
