@@ -16,6 +16,7 @@ from scripts.faults.moments import HEALED_AFTER_TOKENS, Case, Trigger
 from scripts.faults.network import OFFLINE, OFFLINE_S
 from scripts.faults.progress import Event
 from scripts.faults.sessions import Watched
+from swarm.protocol.errors import NetworkError, NoRouteError
 from swarm.protocol.identity import PeerId
 
 CASE_TIMEOUT_S = 60.0
@@ -124,6 +125,9 @@ class CaseRunner:
         outcome.load_average = os.getloadavg()[0]
         if strike.struck_s is None:
             outcome.problems.append("the moment did not come")
+        if session is not None and _could_not_begin(case, session):
+            # A new session fails soon; its user asks again when the network is back.
+            session = await self._watched.run(task)
         if session is not None:
             outcome.problems += _problems_of(session)
             if strike.struck_s is not None:
@@ -257,6 +261,12 @@ class _Strike:
         struck_s = self._arena.hurt(fighter, kind)
         self.hurt.append(fighter)
         self.struck_s = struck_s
+
+
+def _could_not_begin(case: Case, session: Session) -> bool:
+    """Whether the client lost its network before the session was open, and said so."""
+    is_clear = isinstance(session.error, NetworkError | NoRouteError)
+    return case.kind == OFFLINE and case.moment.phase == "open" and is_clear and not session.tokens
 
 
 def _problems_of(session: Session) -> list[str]:

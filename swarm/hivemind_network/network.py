@@ -389,7 +389,11 @@ class HivemindNetwork:
             return f"{address} did not answer within {self._settings.dial_timeout_s:g} s"
         except NetworkError as error:
             return f"{address}: {error}"
-        return offset_s if offset_s is not None else f"{address} is no peer of this network"
+        return (
+            offset_s
+            if offset_s is not None
+            else f"{address} does not answer as a peer of this network"
+        )
 
     async def _meet(self, address: str) -> str | None:
         """Exchange directory ids; returns why it failed."""
@@ -406,7 +410,9 @@ class HivemindNetwork:
             answer = await self._node.protocol.call_ping(peer, validate=True, strict=True)
         except ValidationError as error:
             return f"{address}: {error}"
-        return None if answer is not None else f"{address} is no peer of this network"
+        return (
+            None if answer is not None else f"{address} does not answer as a peer of this network"
+        )
 
     @property
     def clock_offset_s(self) -> float:
