@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swarm.client.audited_chain import AuditedHop
+from swarm.client.complaints import Complaints
 from swarm.client.healing import HEAL_ATTEMPTS, Healer, Patience
 from swarm.client.hops import Hops, HopTimeouts, SessionRequest
 from swarm.client.link import HopFailed, HopTimes, Link
@@ -34,7 +35,6 @@ from swarm.client.router import failure_kind
 from swarm.client.steps import Steps
 from swarm.client.vouchers import Grant, HopAccount
 from swarm.client.watch import Watch, WatchSettings
-from swarm.connection import remote_error
 from swarm.journal import JournalBudget
 from swarm.ledger.audit_rule import Floats
 from swarm.ledger.sketch import Sketcher
@@ -156,6 +156,7 @@ class Chain:
         self._healer = Healer(
             self._hops, self._steps, planner, clock=clock, count_failure=self._count_failure
         )
+        self._complaints = Complaints(self._hops, self._session, mend=self._mend)
         self._watch = Watch(
             self._hops,
             self._session,
@@ -169,7 +170,6 @@ class Chain:
         self._whole: asyncio.Future[None] = loop.create_future()
         """Done while the chain is whole; its exception says why it could not be healed."""
         self._trouble = asyncio.Event()
-        self._accusers: set[PeerId] = set()
         self._goodbyes = asyncio.Semaphore(0)
         self._closing = asyncio.Event()
         self._failure: SwarmError | None = None
@@ -471,7 +471,9 @@ class Chain:
             return
         error.is_counted = True
         cause = error.__cause__
-        if isinstance(cause, SwarmError):
+        if len(error.suspects) > 1:
+            self._planner.quarrelled(error.suspects)
+        elif isinstance(cause, SwarmError):
             self._planner.failed(error.peer_id, failure_kind(cause))
         if self._observer is not None:
             self._observer.retried(
@@ -561,12 +563,18 @@ class Chain:
         if link.failure is not None:
             log.info("lost a hop: %s", link.failure)
             self._count_failure(link.failure)
+            if link.failure.suspects and self._tasks is not None:
+                # It may well be alive, and keep what it holds for the session.
+                with contextlib.suppress(NetworkError):
+                    self._start(self._tasks, self._hops.close(link))
         self._trouble.set()
 
     async def _handle(self, link: Link, message: Message) -> None:
         match message:
             case StepResult() if self._hops.ends_with(link):
-                self._take_result(message)
+                # Of a hop that was given up it is made again: what it had may have been spoilt.
+                if link.failure is None:
+                    self._take_result(link, message)
             case Pong():
                 if link.round_trip_s:
                     self._planner.measured_round_trip(link.peer_id, link.round_trip_s)
@@ -576,56 +584,12 @@ class Chain:
                 link.account.take(message)
                 self._receipt_came.set()
             case Error():
-                self._take_error(link, message)
+                if not self._closing.is_set():
+                    self._complaints.take(link, message)
             case Draining():
                 self._start_moving(link, message.wait_ms / 1000)
             case _:
                 raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, type(message).__name__)
-
-    def _take_error(self, link: Link, message: Error) -> None:
-        """What a hop says went wrong; raises when the hop itself is of no more use."""
-        if self._closing.is_set():
-            return
-        error = remote_error(message, link.peer_id)
-        before = self._hops.previous_of(link) if link in self._hops.links else None
-        match error.code:
-            case ErrorCode.NEXT_HOP_LOST:
-                if message.route_version == link.route_version:
-                    self._mend_after(link)
-            case ErrorCode.PREVIOUS_HOP_LOST:
-                if before is not None and message.route_version == before.route_version:
-                    self._mend(link)
-            case ErrorCode.NOT_NAMED_BY_SESSION:
-                log.debug("%s refused a probe", link.peer_id)
-            case ErrorCode.INPUT_NOT_FINITE | ErrorCode.BAD_TENSOR if (
-                before is not None and self._believes(link)
-            ):
-                # The hop before is to blame; the session on this one ends with it.
-                self._hops.lose(before, HopFailed(before.hop, error))
-                victim = HopFailed(link.hop, NetworkError("got what is no input"))
-                victim.is_counted = True
-                self._hops.lose(link, victim)
-            case ErrorCode.STALE_STEP if self._session.is_answered(message.step):
-                pass
-            case ErrorCode.GAP | ErrorCode.STALE_STEP | ErrorCode.TOO_MANY_STEPS if (
-                before is not None
-            ):
-                # Something between the two was lost or came twice: a new stream sorts it out.
-                self._mend(link)
-            case _:
-                raise error
-
-    def _believes(self, link: Link) -> bool:
-        """One accusation of the hop before is believed; who goes on accusing is it himself."""
-        believed = link.peer_id not in self._accusers
-        self._accusers.add(link.peer_id)
-        return believed
-
-    def _mend_after(self, link: Link) -> None:
-        links = self._hops.links
-        index = links.index(link) + 1 if link in links else len(links)
-        if index < len(links):
-            self._mend(links[index])
 
     def _mend(self, link: Link) -> None:
         """Give ``link`` a new stream from the hop before it, soon."""
@@ -633,8 +597,12 @@ class Chain:
         self._timed = None
         self._trouble.set()
 
-    def _take_result(self, result: StepResult) -> None:
-        issued = self._steps.take(result)
+    def _take_result(self, link: Link, result: StepResult) -> None:
+        try:
+            issued = self._steps.take(result)
+        except ProtocolError as error:
+            self._complaints.misfit(link, result, error)
+            return
         if issued is None:
             return
         for link, queue_us, compute_us in zip(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from swarm.client.hops import Hops, NothingToReplay, Resumption
+from swarm.client.hops import JOINT_GRACE_S, Hops, NothingToReplay, Resumption
 from swarm.client.link import HopFailed, Link
 from swarm.client.planner import Planner
 from swarm.client.steps import Steps
@@ -22,9 +22,6 @@ HEAL_ATTEMPTS = 16
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 2.0
 MENDS_WITHOUT_RESULT = 3
-JOINT_GRACE_S = 0.2
-"""A stream between two hops that breaks mostly means that one of them is gone: its own stream to
-the client then breaks too, a moment later."""
 _NO_ROOM = (ErrorCode.NO_CAPACITY, ErrorCode.TOO_MANY_SESSIONS, ErrorCode.ADAPTER_NO_ROOM)
 
 
@@ -110,7 +107,7 @@ class Healer:
                 failures.append(error)
                 excluded.append(error.peer_id)
                 self._count_failure(error)
-                hops.blame(error)
+                hops.give_up(error)
                 if len(failures) >= patience.attempts:
                     raise _unhealed(gap, failures, None, opening=opening) from error
             except (NoRouteError, NetworkError) as error:
@@ -145,7 +142,8 @@ class Healer:
             return
         link.mended += 1
         if link.mended > MENDS_WITHOUT_RESULT:
-            raise HopFailed(link.hop, NetworkError("cannot be joined to the hop before"))
+            reason = NetworkError("cannot be joined to the hop before")
+            raise self._hops.blame.joint(before, link, reason)
         await self._hops.join_again(before, link, self._steps.session.resume_step)
 
 

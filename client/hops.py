@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from swarm.client.adapter_push import AdapterSource, bring_adapter
+from swarm.client.blame import Blame
 from swarm.client.link import HopFailed, Link
 from swarm.client.planner import Planner
 from swarm.client.vouchers import Grant, HopAccount
@@ -49,6 +50,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+JOINT_GRACE_S = 0.2
+"""A stream between two hops that breaks mostly means that one of them is gone: its own stream to
+the client then breaks too, a moment later."""
 REPLAY_TOKENS = 256
 REPLAYS_IN_FLIGHT = 4
 """Pieces that a client sends ahead of what the hop reports; its pings must not wait behind them."""
@@ -158,6 +162,7 @@ class Hops:
         self._fresh: list[Link] = []
         self._work_on_hops: asyncio.Future[None] | None = None
         self._last_version = 0
+        self.blame = Blame(self.lose)
 
     @property
     def plan(self) -> ChainPlan:
@@ -204,6 +209,12 @@ class Hops:
         joined = before is not None and before.hop.end_block == link.hop.first_block
         return before if joined else None
 
+    def source_of(self, link: Link) -> Link | None:
+        """The hop that sends to ``link``, also while it is being filled; None as above."""
+        return next(
+            (each for each in self.all_links if each.hop.end_block == link.hop.first_block), None
+        )
+
     def following(self, link: Link) -> Link | None:
         """The hop that ``link`` sends to; None for the client, or for nobody while it is lost."""
         return next((each for each in self.links if self.previous_of(each) is link), None)
@@ -227,7 +238,7 @@ class Hops:
                 after = other.peer_id
         return before, after
 
-    def blame(self, error: HopFailed) -> None:
+    def give_up(self, error: HopFailed) -> None:
         """Give up the hop that an error names, if it is part of the chain."""
         for link in self.all_links:
             if link.hop is error.hop:
@@ -318,6 +329,7 @@ class Hops:
             previous=previous,
             following=following,
         )
+        self.blame.check(plan, previous, following)
         sources = [previous or own, *(hop.peer_id for hop in plan.hops)]
         fresh = await _all(
             self._open_fresh(hop, source, resume.step)
@@ -447,9 +459,12 @@ class Hops:
         except RemoteError as error:
             if error.code is ErrorCode.JOURNAL_GONE:
                 raise
-            # What the next hop refused, or that it cannot be reached, is not this hop's fault.
-            to_blame = target if target is not None else link
-            raise self._fault(to_blame, error) from error
+            if target is None:
+                raise self._fault(link, error) from error
+            # What the next hop refused, or that it cannot be reached, is rarely this hop's fault.
+            # If the next one is gone, its stream to us breaks too, and nobody else is asked.
+            await self._clock.sleep(JOINT_GRACE_S)
+            raise self.blame.joint(link, target, error) from error
 
     def _fault(self, link: Link, error: RemoteError) -> HopFailed:
         failure = HopFailed(link.hop, error)
@@ -465,6 +480,7 @@ class Hops:
     ) -> None:
         """Fill the fresh hops' caches up to where the interrupted step begins, and resume."""
         chain = [*before, fresh[0]]
+        passing = [*before, *fresh]
         for index in range(len(before) - 1, -1, -1):
             source_is_nearest = index == len(before) - 1
             try:
@@ -475,6 +491,7 @@ class Hops:
                     # Hops that compute again must reach where they were.
                     replay_end=resume.position if source_is_nearest else MAX_TOKENS,
                 )
+                passing = passing[index:]
                 break
             except RemoteError:
                 log.info("%s has no journal any more", chain[index].peer_id)
@@ -485,20 +502,31 @@ class Hops:
             end = journal.length if before else resume.position
             if end and (journal.is_gone or journal.length < end):
                 raise NothingToReplay("what this session sent before is no longer kept")
-            await self._replay_own(chain[0], fresh[-1], journal, end, resume.rows_as_of_step)
+            await self._replay_own(passing, journal, end, resume.rows_as_of_step)
         if resume.position:
-            await fresh[-1].replayed_to(resume.position, self._timeouts.replay_stall_s)
+            await self._replayed(fresh[-1], resume.position, passing)
+
+    async def _replayed(self, last: Link, length: int, passing: Sequence[Link]) -> None:
+        """Wait until ``last`` has so many positions, which come through the ``passing`` hops."""
+        try:
+            await last.replayed_to(length, self._timeouts.replay_stall_s)
+        except HopFailed as error:
+            if last.failure is not None or len(passing) < 2:
+                raise
+            # Whoever replays, passes on or computes it may be the one that does not get on.
+            raise self.blame.all_of(passing, NetworkError("does not get on")) from error
 
     async def _replay_own(
-        self, first: Link, last: Link, journal: Journal, end: int, rows_as_of_step: int
+        self, passing: Sequence[Link], journal: Journal, end: int, rows_as_of_step: int
     ) -> None:
-        """Replay the client's journal into the first hop; ``last`` reports how far it is."""
+        """Replay the client's journal into the first hop; the last one reports how far it is."""
+        first, last = passing[0], passing[-1]
         per_piece = max(1, REPLAY_TOKENS // self._request.rows)
         kept = journal.read(0, end)
         for position, piece in pieces(kept, per_piece):
             unacknowledged = position - REPLAYS_IN_FLIGHT * per_piece
             if unacknowledged > 0:
-                await last.replayed_to(unacknowledged, self._timeouts.replay_stall_s)
+                await self._replayed(last, unacknowledged, passing)
             try:
                 await first.connection.send(
                     Replay(

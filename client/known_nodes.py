@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from swarm.chain_choice import announced_block_s
 from swarm.client.bans import Bans, FailureKind
+from swarm.client.quarrels import Quarrels
 from swarm.membership import read_nodes
 from swarm.ports import Clock, Directory
 from swarm.protocol.errors import NetworkError
@@ -55,7 +57,7 @@ class _Measured:
 
 
 class KnownNodes:
-    """Records, measurements, bans, and sessions that are being opened."""
+    """Records, measurements, bans, quarrels, and sessions that are being opened."""
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class KnownNodes:
         dice: random.Random,
     ) -> None:
         self._bans = Bans()
+        self.quarrels = Quarrels()
         self._directory = directory
         self.model_revision = model_revision
         self._clock = clock
@@ -191,7 +194,17 @@ class KnownNodes:
 
     def is_banned(self, peer: PeerId) -> bool:
         """Whether to look elsewhere first."""
-        return self._bans.reason(peer, self._clock.monotonic_s()) is not None
+        now_s = self._clock.monotonic_s()
+        return self._bans.reason(peer, now_s) is not None or self.quarrels.is_avoided(peer, now_s)
+
+    def quarrelled(self, peers: Collection[PeerId]) -> None:
+        """One of these peers did wrong, and it cannot be told which."""
+        self.quarrels.add(peers, self._clock.monotonic_s())
+
+    @property
+    def apart(self) -> set[frozenset[PeerId]]:
+        """Pairs that had better not be neighbours in a chain."""
+        return self.quarrels.apart(self._clock.monotonic_s())
 
     def slowness(self, record: NodeRecord) -> float:
         """How much longer a block takes than the node announces; 1 where nothing was measured."""

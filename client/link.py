@@ -7,6 +7,7 @@ whoever waits for an answer then gets that reason.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -56,8 +57,12 @@ A = TypeVar("A", bound=Answer)
 class HopFailed(NetworkError):
     """A hop refused, broke the protocol or is gone; ``peer_id`` says which, the cause says why."""
 
-    def __init__(self, hop: PlannedHop, cause: SwarmError) -> None:
+    def __init__(
+        self, hop: PlannedHop, cause: SwarmError, suspects: Collection[PeerId] = ()
+    ) -> None:
+        """``suspects``: all who may be to blame, when it cannot be told that it is this hop."""
         self.hop = hop
+        self.suspects = frozenset(suspects)
         self.is_counted = False
         self.peer_id = hop.peer_id
         self.code = cause.code if isinstance(cause, RemoteError | ProtocolError) else None

@@ -39,6 +39,9 @@ class Planner(Protocol):
     def failed(self, peer: PeerId, kind: FailureKind) -> None:
         """The peer let a session down: look elsewhere first for a while."""
 
+    def quarrelled(self, peers: Collection[PeerId]) -> None:
+        """One of these peers did wrong, and it cannot be told which."""
+
     def passed(self, hops: Sequence[Hop], reported_s: Sequence[float], step_s: float) -> None:
         """A step of one token went through a whole chain, undisturbed, in ``step_s``.
 
@@ -55,6 +58,7 @@ class FixedPlanner:
     def __init__(self, plan: ChainPlan) -> None:
         self._plan = plan
         self.failures: list[tuple[PeerId, FailureKind]] = []
+        self.quarrels: list[frozenset[PeerId]] = []
 
     async def plan(
         self,
@@ -95,6 +99,9 @@ class FixedPlanner:
 
     def failed(self, peer: PeerId, kind: FailureKind) -> None:
         self.failures.append((peer, kind))
+
+    def quarrelled(self, peers: Collection[PeerId]) -> None:
+        self.quarrels.append(frozenset(peers))
 
     def passed(self, hops: Sequence[Hop], reported_s: Sequence[float], step_s: float) -> None:
         return None

@@ -13,9 +13,11 @@ import logging
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import median
 
 from swarm.chain_choice import (
+    APART_S,
     CLIENT,
     Candidate,
     Place,
@@ -143,18 +145,22 @@ class Router:
         # No await from here on: of plans made at the same moment each sees those before it.
         candidates = [self._candidate(answer) for answer in answers]
         self._dice.shuffle(candidates)
+        apart = known.apart
         plan = choose_chain(
             candidates,
             first_block,
             end_block,
             previous=self._place(previous),
             following=self._place(following),
+            apart=apart,
         )
         for hop in plan.hops:
             known.opening(hop.peer_id)
         last_resorts = sum(self._is_last_resort(hop.peer_id) for hop in plan.hops)
         unpaid = sum(not self._is_paid(hop.peer_id) for hop in plan.hops)
         added_s = last_resorts * LAST_RESORT_S + unpaid * UNPAID_S
+        peers = (previous, *(hop.peer_id for hop in plan.hops), following)
+        added_s += APART_S * sum(frozenset(pair) in apart for pair in pairwise(peers))
         return replace(plan, expected_step_s=plan.expected_step_s - added_s)
 
     async def is_online(self) -> bool:
@@ -181,6 +187,11 @@ class Router:
     def failed(self, peer: PeerId, kind: FailureKind) -> None:
         """Look elsewhere first for a while; longer each time it happens again."""
         self._known.failed(peer, kind)
+
+    def quarrelled(self, peers: Collection[PeerId]) -> None:
+        """One of these peers did wrong, and it cannot be told which: who quarrels with several is
+        avoided for long, the others for a moment."""
+        self._known.quarrelled(peers)
 
     def passed(self, hops: Sequence[Hop], reported_s: Sequence[float], step_s: float) -> None:
         """A step of one token went through a whole chain, undisturbed, in ``step_s``.
@@ -226,7 +237,9 @@ class Router:
             return CLIENT
         record = self._known.record(peer)
         round_trip_s = self._known.round_trip_s(peer)
-        return Place(round_trip_s) if record is None else place_of(record, round_trip_s)
+        if record is None:
+            return Place(round_trip_s, peer=peer)
+        return place_of(record, round_trip_s)
 
     def _standing(self, peer: PeerId) -> Standing:
         return self._reputations.standing(peer, self._clock.unix_s())

@@ -288,10 +288,14 @@ class Hop:
 
     def set_previous(self, message: SetPrevious) -> None:
         """Expect another peer's stream. Raises ProtocolError for an older route."""
-        version = max(self._attached_version, self._previous_version)
-        if message.route_version <= version:
+        version = message.route_version
+        if version <= self._previous_version:
             raise ProtocolError(ErrorCode.BAD_FIELD, "an older route")
-        self._previous_version = message.route_version
+        self._previous_version = version
+        # Whatever version the former peer has claimed: what the client says is newer.
+        self._attached_version = min(self._attached_version, version - 1)
+        for upstream, claimed in self._upstreams.items():
+            self._upstreams[upstream] = min(claimed, version - 1)
         self._previous_peer = PeerId(message.previous_peer)
 
     def attached(self, upstream: Connection, route_version: int) -> None:

@@ -612,7 +612,9 @@ class NodeService:
                     message = await connection.receive()
                 except DecodeError:
                     # Beyond what the session allows, or no message: a new stream would not help.
-                    await hop.tell_client(ErrorCode.BAD_TENSOR)
+                    await hop.tell_client(
+                        ErrorCode.BAD_TENSOR, route_version=attach.route_version
+                    )
                     raise
                 match message:
                     case Step() | Replay():

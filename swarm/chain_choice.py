@@ -8,16 +8,20 @@ Who is asked at all is in ``swarm.routing``, the asking in ``client.router``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from swarm.protocol.identity import PeerId
 from swarm.protocol.messages import LoadReport
 from swarm.protocol.records import NodeRecord
 from swarm.routing import UNKNOWN_BLOCK_S, ChainPlan, Hop, local_hosts, no_route, uncovered
 
 HAND_OVER_S = 0.001
 """What a hop costs beside compute and the link: framing, copies, waking tasks."""
+APART_S = 60.0
+"""What a link costs in the choice between two nodes that had better not be neighbours: more than any
+detour."""
 IDLE_SESSION_SHARE = 0.25
 """A session counts at least this much, even if its node is idle: most of these are just opened."""
 
@@ -29,6 +33,8 @@ class Place:
     round_trip_s: float
     hosts: frozenset[str] = frozenset()
     """Of ``local_hosts``."""
+    peer: PeerId | None = None
+    """Who is there; None for the client."""
 
 
 CLIENT = Place(0.0)
@@ -47,7 +53,7 @@ class Candidate:
 
 
 def place_of(record: NodeRecord, round_trip_s: float) -> Place:
-    return Place(round_trip_s, local_hosts(record.addresses))
+    return Place(round_trip_s, local_hosts(record.addresses), record.peer_id)
 
 
 def one_way_s(one: Place, other: Place) -> float:
@@ -57,6 +63,14 @@ def one_way_s(one: Place, other: Place) -> float:
     if one.hosts and one.hosts & other.hosts:
         return 0.0
     return max(one.round_trip_s, other.round_trip_s) / 2
+
+
+def link_s(one: Place, other: Place, apart: Collection[frozenset[PeerId]]) -> float:
+    """What a link costs in the choice: its delay, and more between two that are ``apart``."""
+    delay_s = one_way_s(one, other)
+    if apart and one.peer is not None and other.peer is not None:
+        delay_s += APART_S * (frozenset((one.peer, other.peer)) in apart)
+    return delay_s
 
 
 def others_in_batch(load: LoadReport, in_flight: int = 0) -> float:
@@ -140,8 +154,11 @@ def choose_chain(
     *,
     previous: Place = CLIENT,
     following: Place = CLIENT,
+    apart: Collection[frozenset[PeerId]] = (),
 ) -> ChainPlan:
     """The cheapest chain over ``[first_block, end_block)``, with the links to what is around it.
+
+    Pairs that are ``apart`` become neighbours only where there is no other way.
 
     Of equal chains the one with earlier candidates. Raises NoRouteError for uncovered blocks.
 
@@ -166,17 +183,23 @@ def choose_chain(
 
     boundaries = sorted({starts[node] for node in nodes} | {ends[node] for node in nodes})
     ways: dict[int, tuple[float, _Visit]] = {
-        node: (one_way_s(previous, places[node]) + entry_s[node], _Visit(node, first_block, None))
+        node: (
+            link_s(previous, places[node], apart) + entry_s[node],
+            _Visit(node, first_block, None),
+        )
         for node in nodes
         if starts[node] == first_block
     }
     for boundary, next_boundary in pairwise(boundaries):
         if boundary > first_block:
-            ways = _handed_over(ways, boundary, nodes, starts, ends, places, entry_s)
+            ways = _handed_over(ways, boundary, nodes, starts, ends, places, entry_s, apart)
         size = next_boundary - boundary
         ways = {node: (cost + size * block_s[node], way) for node, (cost, way) in ways.items()}
     total_s, visit = min(
-        ((cost + one_way_s(places[node], following), way) for node, (cost, way) in ways.items()),
+        (
+            (cost + link_s(places[node], following, apart), way)
+            for node, (cost, way) in ways.items()
+        ),
         key=lambda reached: reached[0],
     )
     hops: list[Hop] = []
@@ -199,6 +222,7 @@ def _handed_over(
     ends: Sequence[int],
     places: Sequence[Place],
     entry_s: Sequence[float],
+    apart: Collection[frozenset[PeerId]],
 ) -> dict[int, tuple[float, _Visit]]:
     """The ways at ``boundary``, each node either kept or entered from the best one before."""
     leaving = [node for node in ways if ends[node] == boundary]
@@ -210,7 +234,7 @@ def _handed_over(
         from_nodes: Iterable[int] = ways if starts[node] == boundary else leaving
         for source in from_nodes:
             cost, way = ways[source]
-            cost += one_way_s(places[source], places[node]) + entry_s[node]
+            cost += link_s(places[source], places[node], apart) + entry_s[node]
             if (best is None or cost < best[0]) and not way.includes(node):
                 best = (cost, _Visit(node, boundary, way))
         if best is not None:

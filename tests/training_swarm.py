@@ -103,6 +103,9 @@ class Planner:
     def failed(self, peer: PeerId, kind: FailureKind) -> None:
         return None
 
+    def quarrelled(self, peers: Collection[PeerId]) -> None:
+        return None
+
     def passed(self, hops: Sequence[Hop], reported_s: Sequence[float], step_s: float) -> None:
         return None
 

@@ -312,6 +312,7 @@ class ToyPlanner:
         self._order = [*preferred, *others]
         self._swarm = swarm
         self.failures: list[tuple[PeerId, FailureKind]] = []
+        self.quarrels: list[frozenset[PeerId]] = []
         self.first_failure: asyncio.Future[PeerId] = asyncio.get_running_loop().create_future()
         self.fails_to_see: set[int] = set()
         """Nodes that it does not know of (yet)."""
@@ -327,7 +328,7 @@ class ToyPlanner:
         previous: PeerId | None = None,
         following: PeerId | None = None,
     ) -> ChainPlan:
-        failed = {peer for peer, _ in self.failures}
+        failed = {peer for peer, _ in self.failures}.union(*self.quarrels)
         hops: list[PlannedHop] = []
         start = first_block
         while start < end_block:
@@ -357,6 +358,9 @@ class ToyPlanner:
         self.failures.append((peer, kind))
         if not self.first_failure.done():
             self.first_failure.set_result(peer)
+
+    def quarrelled(self, peers: Collection[PeerId]) -> None:
+        self.quarrels.append(frozenset(peers))
 
     def passed(
         self, hops: Sequence[PlannedHop], reported_s: Sequence[float], step_s: float

@@ -26,11 +26,13 @@ from swarm.node.accounts import LedgerTerms, NodeLedger
 from swarm.node.engine.api import Engine
 from swarm.node.neighbours import Neighbours
 from swarm.node.service import NodeService
+from swarm.ports import Transport
 from swarm.protocol.errors import ErrorCode, SwarmError
 from swarm.protocol.identity import Identity, PeerId
 from swarm.protocol.records import NodeRecord, NodeState
 from swarm.protocol.tensors import DType
 from swarm.simulation.evil import OVER_CLAIMED_FACTOR, Behaviour, EvilEngine
+from swarm.simulation.evil_frames import EvilTransport, Foul
 from swarm.simulation.numeric_engine import (
     NUMERIC_HIDDEN,
     NumericBlocks,
@@ -66,7 +68,7 @@ class Silent:
 @dataclass
 class EvilNode:
     peer_id: PeerId
-    behaviour: Behaviour | None
+    behaviour: Behaviour | Foul | None
     service: NodeService
 
 
@@ -77,7 +79,7 @@ class EvilSwarm:
     revision = REVISION
     hidden_size = NUMERIC_HIDDEN
 
-    def __init__(self, evil: Sequence[Behaviour | None], seed: int = 1) -> None:
+    def __init__(self, evil: Sequence[Behaviour | Foul | None], seed: int = 1) -> None:
         """One entry per span; that span's last node behaves so. None: all three are honest."""
         self.clock = LoopClock()
         self.network = MemoryNetwork(seed, clock=self.clock)
@@ -87,8 +89,8 @@ class EvilSwarm:
         self._stack = AsyncExitStack()
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[SwarmClient]:
-        """Its nodes announced, and a client that audits."""
+    async def running(self, *, audits: bool = True) -> AsyncIterator[SwarmClient]:
+        """Its nodes announced, and a client that audits or does not."""
         announcing: list[asyncio.Task[None]] = []
         async with AsyncExitStack() as stack:
             for index in range(3 * len(self.spans)):
@@ -99,7 +101,7 @@ class EvilSwarm:
                 announcing.append(await self._add(stack, own, peer, span, behaviour))
             await self._announced()
             client_peer = await self._join(stack, identity(1000))
-            client = SwarmClient(client_peer, clock=self.clock, seed=self.seed, audits=True)
+            client = SwarmClient(client_peer, clock=self.clock, seed=self.seed, audits=audits)
             try:
                 yield client
             finally:
@@ -111,8 +113,10 @@ class EvilSwarm:
     async def _join(self, stack: AsyncExitStack, own: Identity) -> Network:
         return self.network.join(own)
 
-    def _tokens_per_s(self, behaviour: Behaviour | None) -> int:
+    def _tokens_per_s(self, behaviour: Behaviour | Foul | None) -> int:
         """What a node announces."""
+        if isinstance(behaviour, Foul):
+            return 2000  # clients like it
         return 1000 * (OVER_CLAIMED_FACTOR if behaviour is Behaviour.OVER_CLAIMED else 1)
 
     async def _engine(self, stack: AsyncExitStack, span: tuple[int, int]) -> Engine:
@@ -131,11 +135,14 @@ class EvilSwarm:
         own: Identity,
         peer: Network,
         span: tuple[int, int],
-        behaviour: Behaviour | None,
+        behaviour: Behaviour | Foul | None,
     ) -> asyncio.Task[None]:
         engine = await self._engine(stack, span)
-        if behaviour is not None:
+        transport: Transport = peer
+        if isinstance(behaviour, Behaviour):
             engine = EvilEngine(engine, behaviour, seed=self.seed)
+        elif behaviour is not None:
+            transport = EvilTransport(peer, behaviour)
         ledger = NodeLedger(
             own,
             LedgerStore(DirectCommits(node_books.SCHEMA)),
@@ -143,7 +150,7 @@ class EvilSwarm:
             self.clock,
         )
         service = NodeService(
-            peer,
+            transport,
             engine,
             model_revision=self.revision,
             resolve=Neighbours(peer, self.clock, self.revision).resolve,
@@ -201,22 +208,28 @@ class Outcome:
 async def ask(client: SwarmClient, seed: int, prompt: int = 12, tokens: int = 20) -> Outcome:
     """A generation: each output is the next input; compared with the model run here."""
     request = SessionRequest(REVISION, NUMERIC_HIDDEN, 1, MOST_TOKENS, DType.FLOAT32)
-    right_blocks = NumericBlocks(0, BLOCKS)
     chain: Chain = await client.open_chain(request, number_of_blocks=BLOCKS)
     try:
-        drawn = np.random.default_rng(seed).normal(size=(1, prompt, NUMERIC_HIDDEN))
-        states: Floats = drawn.astype(np.float32)
-        position, right = 0, True
-        for _ in range(tokens):
-            output = to_array(await chain.step(from_array(states), position, output_tokens=1))
-            expected = right_blocks.compute(states, position)[:, -1:]
-            right &= bool(np.allclose(output, expected, atol=1e-3))
-            position += states.shape[1]
-            states = np.tanh(output).astype(np.float32)  # what a client makes of what it got
+        right = await converse(chain, seed, prompt, tokens)
         findings = await client.auditor.audit(chain)
         return Outcome(right, tuple(hop.peer_id for hop in chain.plan.hops), tuple(findings))
     finally:
         await chain.close()
+
+
+async def converse(chain: Chain, seed: int, prompt: int, tokens: int) -> bool:
+    """Whether a generation is right."""
+    right_blocks = NumericBlocks(0, BLOCKS)
+    drawn = np.random.default_rng(seed).normal(size=(1, prompt, NUMERIC_HIDDEN))
+    states: Floats = drawn.astype(np.float32)
+    position, right = 0, True
+    for _ in range(tokens):
+        output = to_array(await chain.step(from_array(states), position, output_tokens=1))
+        expected = right_blocks.compute(states, position)[:, -1:]
+        right &= bool(np.allclose(output, expected, atol=1e-3))
+        position += states.shape[1]
+        states = np.tanh(output).astype(np.float32)  # what a client makes of what it got
+    return right
 
 
 async def ask_until_trusted(client: SwarmClient, seed: int, attempts: int = 12) -> list[Outcome]:

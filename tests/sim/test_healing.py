@@ -258,11 +258,10 @@ def test_nodes_come_and_go_all_the_time(
     converse(toy_swarm, toy_blocks, make_tensor, fault, seed=seed, steps=60, rows=2)
 
 
-@pytest.mark.parametrize("liar", [False, True])
-def test_who_sends_what_is_no_number_is_blamed_and_not_who_says_so(
-    toy_swarm: Any, toy_blocks: Any, make_tensor: Any, liar: bool
+def test_who_says_that_no_number_came_and_who_sent_it_are_both_replaced(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any
 ) -> None:
-    """Unless it says so of everybody."""
+    """One of them lies, and which one cannot be told."""
 
     async def main() -> None:
         swarm = toy_swarm(SPANS, settings=LINKS)
@@ -271,16 +270,31 @@ def test_who_sends_what_is_no_number_is_blamed_and_not_who_says_so(
         async with swarm.chain(planner=planner, maximum_tokens=MAXIMUM_TOKENS) as chain:
             talk = Conversation(chain, 1, 1, toy_blocks, make_tensor)
             await talk.run(5)
-            sender, accuser = (swarm.nodes[hop] for hop in (1, 2))
-            accuser.engine.fail_next = ProtocolError(ErrorCode.INPUT_NOT_FINITE)
+            both = {swarm.nodes[hop].peer.peer_id for hop in (1, 2)}
+            swarm.nodes[2].engine.fail_next = ProtocolError(ErrorCode.INPUT_NOT_FINITE)
             await talk.run(3)
-            assert [peer for peer, _ in planner.failures] == [sender.peer.peer_id]
-            if liar:
-                assert chain.plan.hops[-1].peer_id == accuser.peer.peer_id
-                accuser.engine.fail_next = ProtocolError(ErrorCode.INPUT_NOT_FINITE)
-                await talk.run(3)
-                assert planner.failures[-1][0] == accuser.peer.peer_id
-                assert len(planner.failures) == 2
+            assert planner.quarrels == [frozenset(both)]
+            assert not planner.failures
+            assert not both & {hop.peer_id for hop in chain.plan.hops}
+        await swarm.assert_nothing_left()
+
+    virtual_time.run(main())
+
+
+def test_two_that_contradict_each_other_are_not_joined_again(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any
+) -> None:
+    """Where there is nobody else the answer ends instead, and says why."""
+
+    async def main() -> None:
+        swarm = toy_swarm(SPANS[:3], settings=LINKS)
+        await swarm.start()
+        async with swarm.chain(*CHAIN, maximum_tokens=MAXIMUM_TOKENS) as chain:
+            talk = Conversation(chain, 1, 1, toy_blocks, make_tensor)
+            await talk.run(5)
+            swarm.nodes[2].engine.fail_next = ProtocolError(ErrorCode.INPUT_NOT_FINITE)
+            with pytest.raises(NoRouteError, match="contradict each other"):
+                await chain.step(make_tensor(Random(2), 1, 1), chain.length, output_tokens=1)
         await swarm.assert_nothing_left()
 
     virtual_time.run(main())
