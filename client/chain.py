@@ -47,7 +47,6 @@ from swarm.protocol.errors import (
     SwarmError,
     UsageError,
 )
-from swarm.protocol.identity import PeerId
 from swarm.protocol.messages import (
     CloseSession,
     Draining,

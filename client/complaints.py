@@ -25,9 +25,7 @@ MENDED_FIRST = (ErrorCode.GAP, ErrorCode.STALE_STEP, ErrorCode.TOO_MANY_STEPS)
 class Complaints:
     """The complaints about the hops of one chain."""
 
-    def __init__(
-        self, hops: Hops, session: ClientSession, *, mend: Callable[[Link], None]
-    ) -> None:
+    def __init__(self, hops: Hops, session: ClientSession, *, mend: Callable[[Link], None]) -> None:
         """``mend`` is told of a hop that needs a new stream from the one before."""
         self._hops = hops
         self._session = session

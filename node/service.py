@@ -612,9 +612,7 @@ class NodeService:
                     message = await connection.receive()
                 except DecodeError:
                     # Beyond what the session allows, or no message: a new stream would not help.
-                    await hop.tell_client(
-                        ErrorCode.BAD_TENSOR, route_version=attach.route_version
-                    )
+                    await hop.tell_client(ErrorCode.BAD_TENSOR, route_version=attach.route_version)
                     raise
                 match message:
                     case Step() | Replay():

@@ -20,8 +20,8 @@ from swarm.routing import UNKNOWN_BLOCK_S, ChainPlan, Hop, local_hosts, no_route
 HAND_OVER_S = 0.001
 """What a hop costs beside compute and the link: framing, copies, waking tasks."""
 APART_S = 60.0
-"""What a link costs in the choice between two nodes that had better not be neighbours: more than any
-detour."""
+"""What a link costs in the choice between two nodes that had better not be neighbours: more than
+any detour."""
 IDLE_SESSION_SHARE = 0.25
 """A session counts at least this much, even if its node is idle: most of these are just opened."""
 

@@ -1,4 +1,4 @@
-"""A hop that speaks falsely to its neighbours, or about them: who is avoided for it, and who not."""
+"""A hop that speaks falsely to its neighbours, or about them: who is avoided for it, who is not."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from swarm.node.engine.engine import load_engine_blocking
 from swarm.protocol.identity import PeerId
 from swarm.protocol.tensors import DType
 from swarm.simulation.evil import Behaviour
+from swarm.simulation.evil_frames import Foul
 from tests.adapter_making import make_adapter
 from tests.integration.ledger.test_live_audits import LiveSwarm
 
@@ -40,7 +41,7 @@ class ModelSwarm(LiveSwarm):
         self.hidden_size = checkpoint.config["hidden_size"]
         self._checkpoint = checkpoint
 
-    def _tokens_per_s(self, behaviour: Behaviour | None) -> int:
+    def _tokens_per_s(self, behaviour: Behaviour | Foul | None) -> int:
         return 1000 if behaviour is None else 4000  # who computes less is faster, and chosen first
 
     async def _engine(self, stack: AsyncExitStack, span: tuple[int, int]) -> Engine:
