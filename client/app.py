@@ -26,6 +26,7 @@ from swarm.client.adapter_push import push_timeout_s
 from swarm.client.auditing import Auditor
 from swarm.client.bound_client import BoundClient
 from swarm.client.chain import Chain, ChainObserver, ChainTimeouts
+from swarm.client.challenge_terms import ChallengeTerms
 from swarm.client.config import ClientSettings
 from swarm.client.finetune.chain import TrainingChain, TrainingChainRequest, TrainingTimeouts
 from swarm.client.hops import SessionRequest
@@ -46,7 +47,6 @@ from swarm.protocol.errors import NetworkError, NoRouteError, PolicyUnmet, Usage
 from swarm.protocol.identity import Identity, PeerId
 from swarm.protocol.passport import Passport
 from swarm.protocol.policy import Policy
-from swarm.protocol.prices import UNITS_PER_CREDIT
 from swarm.protocol.records import NodeRecord
 from swarm.protocol.tensors import DType
 from swarm.revocations import RevocationWatch
@@ -87,6 +87,7 @@ class SwarmClient:
         reputations: Reputations | None = None,
         vouches: bool = True,
         grants: OperatorGrants | None = None,
+        challenge: ChallengeTerms | None = None,
     ) -> None:
         """``ledger``: where what hops did is kept; ``owner``: whose node's key signs allowances.
 
@@ -94,10 +95,13 @@ class SwarmClient:
 
         ``audits``: look at what hops answered when sessions end (``client.auditing``).
         ``vouches``: sign for what hops do; who does not is served last.
+        ``challenge``: sessions are kept fit for audits that the caller asks for.
         """
         self.vouches = vouches
         self._audits = audits
+        self._keeps_sketches = audits or challenge is not None
         self._reputations = reputations or Reputations()
+        self._steering = self._reputations if challenge is None else challenge.steering
         self._auditing = 0
         self._no_audits = asyncio.Event()
         self._no_audits.set()
@@ -123,12 +127,17 @@ class SwarmClient:
             dice=self._random,
             reputations=self._reputations,
             ledger=ledger,
+            challenge=challenge,
         )
         self._resources = AsyncExitStack()
 
     @classmethod
     async def connect(
-        cls, settings: ClientSettings, *, observer: ChainObserver | None = None
+        cls,
+        settings: ClientSettings,
+        *,
+        observer: ChainObserver | None = None,
+        challenge: ChallengeTerms | None = None,
     ) -> SwarmClient:
         """Join the swarm through the settings' peers. Raises NetworkError when none answers."""
         # hivemind takes seconds to import: here, and not when a program only asks for --help.
@@ -163,9 +172,16 @@ class SwarmClient:
                 stack.push_async_callback(ledger.close)
             if settings.owner_key_path is not None:
                 owner = Identity.load(settings.owner_key_path)
+            clock = CorrectedClock(LoopClock(), offsets)
+            grants = None
+            if settings.operator_url and settings.operator_key:
+                # aiohttp takes a moment to import: only where there is an operator
+                from swarm.client.grants import grants_by
+
+                grants = await grants_by(settings, stack, clock)
             client = cls(
                 network,
-                clock=CorrectedClock(LoopClock(), offsets),
+                clock=clock,
                 timeouts=ChainTimeouts(
                     open_s=settings.open_timeout_s, step_s=settings.step_timeout_s
                 ),
@@ -176,7 +192,8 @@ class SwarmClient:
                 owner=owner,
                 audits=settings.audits,
                 reputations=reputations,
-                grants=await _grants(settings, stack, CorrectedClock(LoopClock(), offsets)),
+                grants=grants,
+                challenge=challenge,
             )
             if gate is not None:
                 await client._watch_revocations(identity, gate, settings.membership_files)
@@ -348,7 +365,7 @@ class SwarmClient:
             timeouts=self._timeouts_for(request),
             journal_budget=self._journals,
             grant=grant,
-            sketcher=self._sketcher(request.hidden_size) if self._audits else None,
+            sketcher=self._sketcher(request.hidden_size) if self._keeps_sketches else None,
             on_finished=self._audit if self._audits else None,
         )
         self._own(self._run(chain))
@@ -408,7 +425,7 @@ class SwarmClient:
             needs,
             clock=self._clock,
             dice=self._random,
-            reputations=self._reputations,
+            reputations=self._steering,
         )
 
     async def _grant(self, payer: OperatorGrants | None = None) -> Grant | None:
@@ -482,26 +499,3 @@ class SwarmClient:
             )
         names = ", ".join(sorted({model.model_name for model in served})) or "no model at all"
         return f"nobody serves {model_name}; this swarm serves: {names}"
-
-
-async def _grants(
-    settings: ClientSettings, stack: AsyncExitStack, clock: Clock
-) -> OperatorGrants | None:
-    """Allowances of the operator that the settings name and pin, if they do."""
-    if not (settings.operator_url and settings.operator_key):
-        return None
-    # aiohttp takes a moment to import: only where there is an operator
-    from swarm.client.grants import GrantTerms, OperatorGrants
-    from swarm.ledger.operator_client import OperatorClient
-
-    account = Identity.load(settings.account_path) if settings.account_path else None
-    terms = GrantTerms(
-        settings.operator_url,
-        bytes.fromhex(settings.operator_key),
-        int(settings.allowance_credits * UNITS_PER_CREDIT),
-        account,
-        settings.allowance_budget,
-        settings.validates,
-    )
-    operator = await stack.enter_async_context(OperatorClient(settings.operator_url))
-    return OperatorGrants(terms, operator, clock)

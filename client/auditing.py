@@ -15,14 +15,16 @@ import asyncio
 import hashlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from swarm.client.audit_evidence import Evidence
 from swarm.client.audited_chain import AuditedChain, AuditedHop
+from swarm.client.challenge_terms import ChallengeTerms
 from swarm.client.hops import SessionRequest
 from swarm.client.ledger_store import ClientLedger
 from swarm.client.link import HopFailed
@@ -72,12 +74,11 @@ LONGEST_SEGMENT_TOKENS = 4096
 """Positions of one session that are looked at; a longer one is looked at in its beginning."""
 LEAST_TOKENS = 8
 """Shorter sessions say too little."""
+REFERENCE_SHARE = 0.25
+"""Of the audits of who has a reference: so that replicas that collude do not help."""
 SHOW_S = 20.0
 RECEIPTS_S = 2.0
 MOST_LINKS = 4096
-
-Reference = Callable[[int, int, WireTensor], Awaitable[WireTensor | None]]
-"""Blocks ``[first, end)`` computed by somebody who is trusted; None for blocks they do not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ class Finding:
     found: Found
     comparison: Comparison | None = None
     reputation: NodeReputation | None = None
+    evidence: Evidence | None = None
+    """Of one that passed or failed; a node that keeps no books leaves none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +120,17 @@ class Auditor:
         dice: random.Random,
         reputations: Reputations | None = None,
         ledger: ClientLedger | None = None,
-        reference: Reference | None = None,
+        challenge: ChallengeTerms | None = None,
     ) -> None:
-        """``reference``: somebody's own weights, asked once in four audits."""
+        """``challenge``: a validator's, who may have own weights as a reference. It is asked in
+        ``reference_share`` of the audits, and whenever two others disagree."""
         self.reputations = reputations or Reputations()
         self._transport = transport
         self._clock = clock
         self._dice = dice
         self._ledger = ledger
-        self._reference = reference
+        self._reference = challenge.reference if challenge is not None else None
+        self.reference_share = REFERENCE_SHARE
         self._looked_at: WeakKeyDictionary[AuditedChain, int] = WeakKeyDictionary()
         """Sessions that were looked at as a whole, and how long they were then."""
         self.audits = 0
@@ -188,22 +193,25 @@ class Auditor:
     ) -> list[Finding]:
         receipt = hop.account.receipt if hop.account is not None else None
         is_last = chain.ends_with_blocks(hop.end_block)
-        if shown is None or receipt is None or (shown.outputs is None and not is_last):
+        signed = hop.account.receipt_signed if hop.account is not None else None
+        shows_nothing = shown is None or (shown.outputs is None and not is_last)
+        if shown is None or receipt is None or signed is None or shows_nothing:
             return [await self._note(hop, Found.REFUSED)]
+        evidence = Evidence(receipt, signed, length)
         policy = chain.request.policy
         bound = bound_links(
             shown, receipt, hop.session_id, b"" if policy is None else policy.to_bytes()
         )
         if bound is None:
-            return [await self._note(hop, Found.FAILED)]
+            return [await self._note(hop, Found.FAILED, evidence=evidence)]
         links = in_force(bound)
         if receipt.steps <= LINKS_KEPT // 2 and covered_from(links, length) > 0:
             return [await self._note(hop, Found.REFUSED)]
         if not is_last and shown.outputs is not None and not outputs_fit(links, shown.outputs):
-            return [await self._note(hop, Found.FAILED)]
+            return [await self._note(hop, Found.FAILED, evidence=evidence)]
         if not inputs_fit(links, given):
             if before is None:
-                return [await self._note(hop, Found.FAILED)]
+                return [await self._note(hop, Found.FAILED, evidence=evidence)]
             return [
                 await self._note(hop, Found.DISPUTED, other=before.peer_id),
                 await self._note(before, Found.DISPUTED, other=hop.peer_id),
@@ -221,43 +229,58 @@ class Auditor:
             sketcher = None
         padding = chain.request.left_padding
         measured = _Measured(padding, positions, sketcher, to_array(given), answered)
-        return await self._judge(chain, hop, given, measured)
+        return await self._judge(
+            chain, hop, given, measured, evidence.of_work(given, answered, length)
+        )
 
     async def _judge(
-        self, chain: AuditedChain, hop: AuditedHop, given: WireTensor, measured: _Measured
+        self,
+        chain: AuditedChain,
+        hop: AuditedHop,
+        given: WireTensor,
+        measured: _Measured,
+        evidence: Evidence,
     ) -> list[Finding]:
         """Compare with a second opinion, and with a third one if they differ."""
         if measured.is_empty:
             return []
         self.audits += 1
-        second = await self._opinion(chain, hop, given, excluded=())
+        second = None
+        if self._reference is not None and self._dice.random() < self.reference_share:
+            second = await self._trusted(chain, hop, given)
+        second = second or await self._opinion(chain, hop, given, excluded=())
         if second is None:
             return []
         comparison = measured.against(second.states)
         declared = hop.account.dtype_class if hop.account is not None else ""
         limits = _limits_between(chain, hop, declared, second.dtype_class)
+        seen = evidence.against(second.states, limits, is_trusted=not second.peers)
         if comparison.passes(limits) and await self._has_adapter(
             chain, given, measured, second, limits
         ):
-            return [await self._note(hop, Found.PASSED, comparison)]
+            return [await self._note(hop, Found.PASSED, comparison, evidence=seen)]
         if not second.peers:  # a reference that we trust
-            return [await self._note(hop, Found.FAILED, comparison)]
-        third = await self._opinion(chain, hop, given, excluded=second.peers)
+            return [await self._note(hop, Found.FAILED, comparison, evidence=seen)]
+        third = await self._trusted(chain, hop, given)
+        third = third or await self._opinion(chain, hop, given, excluded=second.peers)
         if third is None:
             return [
                 await self._note(hop, Found.DISPUTED, comparison, other=second.peers[0]),
             ]
         again = measured.against(third.states)
         limits = _limits_between(chain, hop, declared, third.dtype_class)
+        seen_again = evidence.against(third.states, limits, is_trusted=not third.peers)
         if again.passes(limits) and await self._has_adapter(chain, given, measured, third, limits):
-            findings = [await self._note(hop, Found.PASSED, again)]
+            findings = [await self._note(hop, Found.PASSED, again, evidence=seen_again)]
             if len(second.peers) == 1:
                 replica = hop.at(second.peers[0])
                 findings.append(await self._note(replica, Found.FAILED, comparison))
             return findings
+        if not third.peers:
+            return [await self._note(hop, Found.FAILED, again, evidence=seen_again)]
         between = measured.between(second.states, third.states)
         if between.passes(_limits_between(chain, hop, second.dtype_class, third.dtype_class)):
-            return [await self._note(hop, Found.FAILED, comparison)]
+            return [await self._note(hop, Found.FAILED, comparison, evidence=seen)]
         return [await self._note(hop, Found.DISPUTED, comparison, other=second.peers[0])]
 
     async def _has_adapter(
@@ -285,6 +308,15 @@ class Auditor:
         return share.passes(limits)
 
     # --- opinions
+    async def _trusted(
+        self, chain: AuditedChain, hop: AuditedHop, given: WireTensor
+    ) -> _Opinion | None:
+        """The span computed by the reference; None when there is none for it."""
+        if self._reference is None or chain.request.adapter is not None:
+            return None
+        output = await self._reference(hop.first_block, hop.end_block, given)
+        return None if output is None else _Opinion(to_array(output), (), "float32")
+
     async def _opinion(
         self,
         chain: AuditedChain,
@@ -294,11 +326,6 @@ class Auditor:
         excluded: Sequence[PeerId],
     ) -> _Opinion | None:
         """The span computed by somebody else; None when there is nobody."""
-        has_reference = self._reference is not None and chain.request.adapter is None
-        if self._reference is not None and has_reference and self._dice.random() < 0.25:
-            output = await self._reference(hop.first_block, hop.end_block, given)
-            if output is not None:
-                return _Opinion(to_array(output), (), "float32")
         left_out = {hop.peer_id, *excluded}
         for _ in range(3):
             try:
@@ -365,6 +392,7 @@ class Auditor:
         comparison: Comparison | None = None,
         *,
         other: str = "",
+        evidence: Evidence | None = None,
     ) -> Finding:
         reputation = self.reputations.found(
             hop.peer_id,
@@ -379,7 +407,9 @@ class Auditor:
             log.warning("audit of %s: %s", hop.peer_id, found.value)
         if self._ledger is not None:
             await self._ledger.keep_reputation(hop.peer_id, reputation.to_json())
-        return Finding(hop.peer_id, hop.first_block, hop.end_block, found, comparison, reputation)
+        return Finding(
+            hop.peer_id, hop.first_block, hop.end_block, found, comparison, reputation, evidence
+        )
 
 
 def _limits_between(chain: AuditedChain, hop: AuditedHop, first: str, second: str) -> Limits:

@@ -1,4 +1,6 @@
-"""Limits of audits for one model: how far honest precisions are from float32, measured here.
+"""What a computer with the whole model says of audits: limits for them, and answers to trust.
+
+Limits: how far honest precisions are from float32, measured here.
 
 The operator of a model runs this when it is released; clients then hold nodes to what honest nodes
 of their precision reach, times a margin, instead of to what any model may need. Runs spans of the
@@ -17,7 +19,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from swarm.catalogue.checkpoint import Checkpoint
+from swarm.client.ends import EMBEDDING, HEAD, NORM, no_progress_bars, read_config, read_tensor
+from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
 from swarm.ledger.audit_rule import (
     CALIBRATION_MARGIN,
     Comparison,
@@ -27,6 +33,7 @@ from swarm.ledger.audit_rule import (
     compare,
 )
 from swarm.protocol.errors import CheckpointError, UsageError
+from swarm.protocol.tensors import DType, WireTensor
 
 WINDOW_TOKENS = 128
 
@@ -200,3 +207,71 @@ def calibrate(
     # An exact node is compared with one of any precision, so nobody is held to less than 16 bit.
     with_margin["float32"] = with_margin["bfloat16"]
     return SpanLimits(with_margin)
+
+
+class OwnWeights:
+    """Spans of a model computed here in float32: what an audit by own weights compares with.
+
+    One block is in memory at a time: it is read, computed and dropped.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Raises CheckpointError for a family that is not supported, or blocks that are missing."""
+        self._checkpoint = checkpoint
+        self._config = read_config(checkpoint.path)
+        for block in range(checkpoint.number_of_blocks):
+            for info in checkpoint.block_tensors(block).values():
+                if not info.file.exists():
+                    raise CheckpointError(
+                        f"{checkpoint.path} lacks the weights of block {block}; "
+                        "swarm models pull fetches all of a model"
+                    )
+
+    @property
+    def largest_block_bytes(self) -> int:
+        """What computing takes of memory, but for the activations."""
+        blocks = range(self._checkpoint.number_of_blocks)
+        return max(self._checkpoint.block_bytes(block, "float32") for block in blocks)
+
+    @torch.no_grad()
+    def compute(self, first_block: int, end_block: int, given: WireTensor) -> WireTensor:
+        """``[rows, tokens, hidden]`` through blocks ``[first_block, end_block)`` as one prompt.
+
+        In float32 on the CPU; takes a while, so not on an event loop. Raises CheckpointError.
+        """
+        states = tensor_from_wire(given, torch.float32)
+        for block in range(first_block, end_block):
+            states = self._model_of(block)(inputs_embeds=states, use_cache=False)[0]
+        return tensor_to_wire(states, DType.FLOAT32)
+
+    def _model_of(self, block: int) -> Any:
+        """The family's decoder with this block alone, and ends of no size."""
+        config = copy.deepcopy(self._config)
+        config.num_hidden_layers = 1
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = [self._config.layer_types[block]]
+        config.vocab_size = 1
+        config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+        hidden = config.hidden_size
+        tensors = {
+            EMBEDDING: torch.zeros(1, hidden),
+            NORM: torch.zeros(hidden),
+            HEAD: torch.zeros(1, hidden),
+        }
+        for name, info in self._checkpoint.block_tensors(block).items():
+            tensors[f"model.layers.0.{name}"] = read_tensor(self._checkpoint, info)
+        family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        with no_progress_bars():
+            model, report = family.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+        if missing := sorted(report["missing_keys"]):
+            raise CheckpointError(f"block {block} lacks {', '.join(missing)}")
+        decoder: Any = model.eval().get_decoder()
+        decoder.norm = torch.nn.Identity()
+        return decoder

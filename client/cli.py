@@ -35,6 +35,7 @@ from swarm.client.model_commands import models
 from swarm.client.operator_commands import operator_app
 from swarm.client.output import Answer, explain, note
 from swarm.client.status_commands import app as status_app
+from swarm.client.validator.commands import validator_app
 from swarm.client.witness_commands import witness_app
 from swarm.protocol.errors import SwarmError, UsageError
 
@@ -60,6 +61,7 @@ app = typer.Typer(
 
 app.add_typer(operator_app)
 app.add_typer(witness_app)
+app.add_typer(validator_app)
 app.add_typer(gateway_app)
 app.add_typer(status_app)
 app.add_typer(models, name="models")

@@ -83,7 +83,7 @@ class ModelEnds(nn.Module):
         if getattr(hollow_config, "layer_types", None) is not None:
             hollow_config.layer_types = []
         family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        with _no_progress_bars():
+        with no_progress_bars():
             hollow_model, report = family.from_pretrained(
                 None,
                 config=hollow_config,
@@ -179,7 +179,7 @@ def _text_only_name(name: str) -> str:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Three tensors need no progress bar in the user's terminal."""
     if not transformers_logging.is_progress_bar_enabled():
         yield

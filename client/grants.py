@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from swarm.client.config import ClientSettings
 from swarm.client.vouchers import Grant
 from swarm.ledger.channel import Signed
 from swarm.ledger.operator_client import OperatorClient
@@ -28,6 +30,7 @@ from swarm.protocol.errors import (
 from swarm.protocol.identity import Identity
 from swarm.protocol.ledger_objects import ANONYMOUS, AUDIT, FUNDED, MEMBER, SERIAL_BYTES, sign
 from swarm.protocol.operator_objects import AllowanceRequest
+from swarm.protocol.prices import UNITS_PER_CREDIT
 
 log = logging.getLogger(__name__)
 
@@ -126,3 +129,19 @@ class OperatorGrants:
             lifetime_s=LIFETIME_S,
             unix_s=int(self._clock.unix_s()),
         )
+
+
+async def grants_by(
+    settings: ClientSettings, stack: AsyncExitStack, clock: Clock
+) -> OperatorGrants:
+    """Allowances of the operator that the settings name and pin; the stack ends the connection."""
+    terms = GrantTerms(
+        settings.operator_url,
+        bytes.fromhex(settings.operator_key),
+        int(settings.allowance_credits * UNITS_PER_CREDIT),
+        Identity.load(settings.account_path) if settings.account_path else None,
+        settings.allowance_budget,
+        settings.validates,
+    )
+    operator = await stack.enter_async_context(OperatorClient(settings.operator_url))
+    return OperatorGrants(terms, operator, clock)

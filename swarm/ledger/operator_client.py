@@ -18,13 +18,14 @@ from swarm.coded_http import CodedHttp, read_answer
 from swarm.ledger.notes import MAX_NOTE_BYTES, LogProof, Note, VerifierKey
 from swarm.ledger.tiles import MAX_LEAF_BYTES
 from swarm.protocol.envelope import MAX_ENVELOPE_BYTES, Envelope, parse_envelope
-from swarm.protocol.errors import ErrorCode, ProtocolError
+from swarm.protocol.errors import ErrorCode, ProtocolError, RemoteError
 from swarm.protocol.ledger_objects import Allowance, verified
 
 MAX_ANSWER_BYTES = 1 << 20
 TIMEOUT_S = 30.0
 EXPORT_TIMEOUT_S = 3600.0
 EXPORT_CHUNK_BYTES = 1 << 18
+MAX_QUARANTINED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,23 @@ class Settled:
 
     paid_units: int
     code: ErrorCode | None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStanding:
+    """What an operator says of a node."""
+
+    organisation: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A node with failed segments, at which other validators shall look by their own challenges."""
+
+    node: str
+    organisation: str
+    accused_by: tuple[str, ...]
 
 
 class OperatorClient:
@@ -120,6 +138,49 @@ class OperatorClient:
 
     async def node(self, node: str) -> dict[str, Any]:
         return await self._json("GET", f"/v1/nodes/{quote(node)}")
+
+    async def node_standing(self, node: str) -> NodeStanding | None:
+        """None for a node that is not enrolled."""
+        try:
+            answer = await self.node(node)
+            return NodeStanding(str(answer["organisation"]), str(answer["state"]))
+        except RemoteError as error:
+            if error.code is not ErrorCode.FOREIGN_OBJECT:
+                raise
+            return None
+        except KeyError as error:
+            raise ProtocolError(ErrorCode.BAD_FIELD, "no standing of a node") from error
+
+    async def quarantined(self) -> list[Quarantined]:
+        """All of them, at most ``MAX_QUARANTINED``."""
+        found: list[Quarantined] = []
+        while len(found) < MAX_QUARANTINED:
+            after = found[-1].node if found else ""
+            answer = await self._json("GET", f"/v1/quarantined?after={quote(after)}")
+            try:
+                page = [
+                    Quarantined(
+                        str(each["node"]), str(each["organisation"]), tuple(each["accused_by"])
+                    )
+                    for each in answer["nodes"]
+                ]
+            except (KeyError, TypeError) as error:
+                raise ProtocolError(ErrorCode.BAD_FIELD, "no list of nodes") from error
+            found += [each for each in page if each.node > after]
+            if not page or page[-1].node <= after:
+                break
+        return found[:MAX_QUARANTINED]
+
+    async def validators(self) -> dict[bytes, str]:
+        """Keys whose verdicts count, and their organisations."""
+        answer = await self._json("GET", "/v1/validators")
+        try:
+            return {
+                bytes.fromhex(each["key"]): str(each["organisation"])
+                for each in answer["validators"]
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(ErrorCode.BAD_FIELD, "no list of validators") from error
 
     async def totals(self) -> dict[str, Any]:
         return await self._json("GET", "/v1/totals")

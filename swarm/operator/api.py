@@ -64,6 +64,8 @@ class OperatorApi:
                 web.post("/v1/rotations", self._rotations),
                 web.get("/v1/accounts/{account}", self._account),
                 web.get("/v1/nodes/{node}", self._node),
+                web.get("/v1/quarantined", self._quarantined),
+                web.get("/v1/validators", self._validators),
                 web.get("/v1/nodes/{node}/evidence", self._evidence),
                 web.get("/v1/proofs/{index}", self._proof),
                 web.get("/v1/events/{event}", self._event),
@@ -152,6 +154,14 @@ class OperatorApi:
     async def _node(self, request: web.Request) -> web.Response:
         node = await self._thread.run(self._books.node, request.match_info["node"])
         return web.json_response(node)
+
+    async def _quarantined(self, request: web.Request) -> web.Response:
+        """A page of nodes that validators shall look at again; ``after`` is the last one seen."""
+        nodes = await self._thread.run(self._books.quarantined, request.query.get("after", ""))
+        return web.json_response({"nodes": nodes})
+
+    async def _validators(self, request: web.Request) -> web.Response:
+        return web.json_response({"validators": await self._thread.run(self._books.validators)})
 
     async def _evidence(self, request: web.Request) -> web.Response:
         rows = await self._thread.run(self._books.evidence, request.match_info["node"])

@@ -146,6 +146,13 @@ class Books:
         names = ("payout", "organisation", "registered", "clean_audits", "state")
         return {"node": node, **dict(zip(names, row, strict=True))}
 
+    def quarantined(self, after: str) -> list[dict[str, Any]]:
+        """Nodes with two failed segments that nobody else has looked at yet; those behind one."""
+        return nodes.quarantined(self.journal, after)
+
+    def validators(self) -> list[dict[str, str]]:
+        return nodes.validators(self.journal)
+
     def evidence(self, node: str) -> list[dict[str, Any]]:
         """Contradictory vouchers that a node presented, whole, newest first."""
         rows = self.journal.db.execute(

@@ -28,6 +28,7 @@ from swarm.protocol.operator_objects import Enrolment, NodeCertificate
 ACTIVE, QUARANTINED, REVOKED = "active", "quarantined", "revoked"
 FAILED_SEGMENTS = 2
 """Two different ones: errors on one odd input are correlated, and one is no proof."""
+LISTED_NODES = 100
 
 
 def enrol(journal: Journal, sealed: Envelope, certificate: Envelope | None, now: int) -> int | None:
@@ -146,7 +147,8 @@ def take_verdict(journal: Journal, policy: Policy, sealed: Envelope, now: int) -
     """What a validator found; returns the node's state after it.
 
     Each validating organisation counts once for a segment. Two failed segments freeze the escrow
-    and keep the node out; a segment that enough organisations have signed as failed takes it.
+    and keep the node out. What takes it: enough organisations that each found two failed segments
+    by challenges of their own, or that have signed the same one.
     """
     verdict = parse(Verdict, sealed)
     signers = sealed.signers()
@@ -202,14 +204,48 @@ def _found_guilty_or_not(
         " FROM verdict WHERE node = ? AND outcome = 'failed' GROUP BY segment)",
         (node,),
     ).fetchone()
+    (certain,) = db.execute(
+        "SELECT COUNT(*) FROM (SELECT organisation FROM verdict JOIN organisation ON key = signer"
+        " WHERE node = ? AND outcome = 'failed' AND may_validate"
+        " GROUP BY organisation HAVING COUNT(DISTINCT segment) >= ?)",
+        (node, FAILED_SEGMENTS),
+    ).fetchone()
     journal.post(Event("verdict", event_id, now, (), detail))
     if segments >= FAILED_SEGMENTS:
         state = QUARANTINED
-        if agreed >= policy.validators_to_forfeit:
+        if max(agreed, certain) >= policy.validators_to_forfeit:
             state = REVOKED
             _forfeit(journal, node, now)
         db.execute("UPDATE node SET state = ? WHERE node = ?", (state, node))
     return state
+
+
+def quarantined(journal: Journal, after: str) -> list[dict[str, object]]:
+    """Nodes that wait for others to look at them, a page of them by peer id, and who found what."""
+    rows = journal.db.execute(
+        "SELECT node, organisation FROM node WHERE state = ? AND node > ? ORDER BY node LIMIT ?",
+        (QUARANTINED, after, LISTED_NODES),
+    ).fetchall()
+    accusers = (
+        "SELECT DISTINCT organisation FROM verdict JOIN organisation ON key = signer"
+        " WHERE node = ? AND outcome = 'failed' ORDER BY organisation"
+    )
+    return [
+        {
+            "node": node,
+            "organisation": organisation,
+            "accused_by": [name for (name,) in journal.db.execute(accusers, (node,))],
+        }
+        for node, organisation in rows
+    ]
+
+
+def validators(journal: Journal) -> list[dict[str, str]]:
+    """The organisations whose verdicts count, and their keys."""
+    rows = journal.db.execute(
+        "SELECT organisation, key FROM organisation WHERE may_validate ORDER BY organisation"
+    )
+    return [{"organisation": name, "key": key.hex()} for name, key in rows]
 
 
 def _forfeit(journal: Journal, node: str, now: int) -> None:

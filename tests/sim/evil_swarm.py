@@ -84,6 +84,9 @@ class EvilSwarm:
         self.clock = LoopClock()
         self.network = MemoryNetwork(seed, clock=self.clock)
         self.nodes: list[EvilNode] = []
+        self.books: dict[PeerId, DirectCommits] = {}
+        self.operators: tuple[bytes, ...] = ()
+        """Whose allowances the nodes trust."""
         self.seed = seed
         self._evil = evil
         self._stack = AsyncExitStack()
@@ -91,6 +94,17 @@ class EvilSwarm:
     @asynccontextmanager
     async def running(self, *, audits: bool = True) -> AsyncIterator[SwarmClient]:
         """Its nodes announced, and a client that audits or does not."""
+        async with self.nodes_running() as stack:
+            client_peer = await self._join(stack, identity(1000))
+            client = SwarmClient(client_peer, clock=self.clock, seed=self.seed, audits=audits)
+            try:
+                yield client
+            finally:
+                await client.close()
+
+    @asynccontextmanager
+    async def nodes_running(self) -> AsyncIterator[AsyncExitStack]:
+        """Its nodes announced; the stack is closed after them."""
         announcing: list[asyncio.Task[None]] = []
         async with AsyncExitStack() as stack:
             for index in range(3 * len(self.spans)):
@@ -100,12 +114,9 @@ class EvilSwarm:
                 peer = await self._join(stack, own)
                 announcing.append(await self._add(stack, own, peer, span, behaviour))
             await self._announced()
-            client_peer = await self._join(stack, identity(1000))
-            client = SwarmClient(client_peer, clock=self.clock, seed=self.seed, audits=audits)
             try:
-                yield client
+                yield stack
             finally:
-                await client.close()
                 for task in announcing:
                     task.cancel()
                 await asyncio.gather(*announcing, return_exceptions=True)
@@ -121,6 +132,10 @@ class EvilSwarm:
 
     async def _engine(self, stack: AsyncExitStack, span: tuple[int, int]) -> Engine:
         return NumericEngine(*span)
+
+    def _books(self, node: PeerId) -> DirectCommits:
+        self.books[node] = DirectCommits(node_books.SCHEMA)
+        return self.books[node]
 
     async def _announced(self) -> None:
         """Wait until every node can be found."""
@@ -145,8 +160,13 @@ class EvilSwarm:
             transport = EvilTransport(peer, behaviour)
         ledger = NodeLedger(
             own,
-            LedgerStore(DirectCommits(node_books.SCHEMA)),
-            LedgerTerms(self.revision, mflop_per_block_token=1, dtype_class="float32"),
+            LedgerStore(self._books(own.peer_id)),
+            LedgerTerms(
+                self.revision,
+                mflop_per_block_token=1,
+                dtype_class="float32",
+                operators=self.operators,
+            ),
             self.clock,
         )
         service = NodeService(

@@ -91,6 +91,42 @@ def test_two_failed_segments_freeze_and_two_validators_take() -> None:
         w.enrol("node", sequence=2)
 
 
+def test_a_second_organisation_confirms_by_challenges_of_its_own() -> None:
+    w = world("lab", "telco")
+    w.enrol("node")
+    earn(w, "node")
+    before = spendable(w, "alice")
+    w.verdict("node", "failed", 1, "lab")
+    assert w.books.quarantined("") == []
+    assert w.verdict("node", "failed", 2, "lab") == QUARANTINED
+    (listed,) = w.books.quarantined("")
+    assert listed == {"node": peer("node"), "organisation": "", "accused_by": ["lab"]}
+    assert w.books.quarantined(peer("node")) == []
+    # as much as it likes, one organisation takes nothing
+    assert w.verdict("node", "failed", 3, "lab") == QUARANTINED
+    # one odd segment of another is no confirmation
+    assert w.verdict("node", "failed", 4, "telco") == QUARANTINED
+    assert waiting(w, "node") == EARNED
+    assert w.verdict("node", "failed", 5, "telco") == REVOKED
+    assert spendable(w, "alice") == before + EARNED
+    assert w.books.quarantined("") == []
+
+
+def test_whose_verdicts_no_longer_count_confirms_nothing() -> None:
+    w = world("lab", "telco")
+    w.enrol("node")
+    earn(w, "node")
+    for segment in (1, 2):
+        w.verdict("node", "failed", segment, "lab")
+    assert [each["organisation"] for each in w.books.validators()] == ["lab", "telco"]
+    w.now += 1
+    w.organisation("lab", may_validate=False)
+    assert w.books.validators() == [{"organisation": "telco", "key": public("telco").hex()}]
+    for segment in (3, 4):
+        assert w.verdict("node", "failed", segment, "telco") == QUARANTINED
+    assert waiting(w, "node") == EARNED
+
+
 def test_what_cannot_be_reproduced_costs_the_record_only() -> None:
     w = world("lab", "telco")
     w.enrol("node")

@@ -1,0 +1,410 @@
+"""Two validating organisations, an operator and six nodes, of which one cheats: who loses what."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from swarm.catalogue.checkpoint import Checkpoint
+from swarm.client.app import SwarmClient
+from swarm.client.challenge_terms import ChallengeTerms
+from swarm.client.generate import LocalModel
+from swarm.client.grants import GrantTerms, OperatorGrants
+from swarm.client.validator.app import own_weights
+from swarm.client.validator.delivery import Posted
+from swarm.client.validator.docket import Case
+from swarm.client.validator.process import (
+    Challenged,
+    Validator,
+    ValidatorSettings,
+    organisation_of,
+)
+from swarm.client.validator.prompts import PrivateTexts
+from swarm.client.validator.state import ValidatorState, summaries
+from swarm.ledger.operator_client import OperatorClient, Quarantined
+from swarm.membership import read_nodes
+from swarm.node.engine.api import Engine
+from swarm.node.engine.engine import load_engine_blocking
+from swarm.operator.api import OperatorApi
+from swarm.operator.app import serve
+from swarm.operator.books import Books
+from swarm.operator.doors import OneThread
+from swarm.operator.journal import Journal
+from swarm.operator.nodes import QUARANTINED, REVOKED
+from swarm.operator.settings import create_folder, load_settings
+from swarm.operator.uptime import HOUR_S, HOURS
+from swarm.protocol import strict_json
+from swarm.protocol.errors import ConfigError, NetworkError, SwarmError
+from swarm.protocol.identity import Identity, PeerId
+from swarm.protocol.ledger_objects import (
+    FUNDED,
+    LOCAL,
+    Allowance,
+    Settlement,
+    Voucher,
+    parse,
+    sign,
+)
+from swarm.protocol.merkle import leaf_hash, root_of
+from swarm.protocol.operator_objects import Enrolment, ModelPrice, NodeCertificate
+from swarm.simulation.evil import Behaviour
+from tests.letters_tokenizer import LETTERS, save_letters_tokenizer
+from tests.sim import evil_swarm
+from tests.sim.evil_swarm import EvilSwarm
+from tests.unit.operator.parties import MFLOP, World, key, peer, policy, public
+from tests.unit.operator.parties import identity as party
+
+BLOCKS = 6
+POT = 6000
+MOST_CHALLENGES = 24
+CREDIT = 10**9
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(LETTERS),
+        max_position_embeddings=384,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    save_letters_tokenizer(folder)
+    return Checkpoint.open(folder)
+
+
+class TinySwarm(EvilSwarm):
+    """Three nodes for each half of a tiny model, with real engines, in a memory network."""
+
+    def __init__(self, evil: Sequence[Behaviour | None], checkpoint: Checkpoint) -> None:
+        super().__init__(evil)
+        self.spans = ((0, 3), (3, BLOCKS))
+        self.revision = checkpoint.revision
+        self.hidden_size = checkpoint.hidden_size
+        self.operators = (public("operator"),)
+        self._checkpoint = checkpoint
+
+    async def _engine(self, stack: AsyncExitStack, span: tuple[int, int]) -> Engine:
+        engine = await asyncio.to_thread(
+            load_engine_blocking,
+            self._checkpoint,
+            *span,
+            device="cpu",
+            dtype="float32",
+            threads=1,
+            cache_tokens=4096,
+        )
+        stack.push_async_callback(engine.close)
+        return engine
+
+    async def _announced(self) -> None:
+        somebody = self.network.join(Identity.generate())
+        async with asyncio.timeout(30):
+            while len(await read_nodes(somebody, self.revision, self.clock)) < 6:
+                await asyncio.sleep(0)
+
+
+class Desk:
+    """The operator, with its door open or not; all six nodes are in its books, one of them lab's."""
+
+    def __init__(self, folder: Path, swarm: TinySwarm) -> None:
+        keys = [public(f"mint-{number}").hex() for number in range(3)]
+        create_folder(folder, "operator.example/ledger", keys, "127.0.0.1:0")
+        terms = policy(minimum_node_age_s=0, uptime_daily_units=POT)
+        self.settings = replace(load_settings(folder), policy=terms)
+        self.books = Books(Journal.open(folder / "books.sqlite"), terms, key("operator"))
+        self.world = World(self.books, int(time.time()))
+        self.thread = OneThread("books")
+        self.port = 0
+        self.world.order(
+            ModelPrice(swarm.revision.hex(), BLOCKS, MFLOP, self.world.now), "operator"
+        )
+        self.world.mint("audit", 1000 * CREDIT)
+        self.world.mint("uptime", 10 * POT)
+        self.world.fund("alice", CREDIT)
+        for name in ("lab", "telco"):
+            self.world.organisation(name, may_validate=True)
+        self.own, self.evil = evil_swarm.identity(1), evil_swarm.identity(6)
+        for number in range(1, 7):
+            self.enrol(evil_swarm.identity(number), "lab" if number == 1 else "")
+
+    def enrol(self, node: Identity, organisation: str) -> None:
+        now = self.world.now
+        certificate = None
+        if organisation:
+            stated = NodeCertificate(node.peer_id, organisation, now, now + 86400)
+            certificate = sign(stated, key(organisation))
+        enrolment = Enrolment(node.peer_id, node.peer_id, organisation, 1, now)
+        self.books.enrol(sign(enrolment, node.private_key), certificate, now)
+
+    def earn(self, node: Identity, model: str) -> int:
+        """What alice pays it waits in its escrow; returns how much."""
+        client = self.world.request("alice", units=CREDIT // 2)
+        voucher = parse(Voucher, client.voucher("node", 1000))
+        voucher = replace(voucher, node=node.peer_id, model=model, end_block=3)
+        sealed = sign(voucher, client.voucher_key)
+        root = root_of([leaf_hash(sealed.payload)]).hex()
+        now = self.world.now
+        batch = Settlement(node.peer_id, now - 3600, now, 1, root, 0, "00" * 32)
+        (outcome,) = self.books.settle(sign(batch, node.private_key), [sealed], now)
+        assert outcome.code is None
+        return self.waiting(node)
+
+    def waiting(self, node: Identity) -> int:
+        return self.books.journal.balance(f"escrow:{node.peer_id}")
+
+    def state(self, node: Identity) -> str:
+        return str(self.books.node(node.peer_id)["state"])
+
+    def clean_audits(self, node: Identity) -> int:
+        return int(self.books.node(node.peer_id)["clean_audits"])
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[str]:
+        application = OperatorApi(self.settings, self.books, self.thread, b"salt").application()
+        async with serve(application, "127.0.0.1", self.port) as url:
+            self.port = int(url.rpartition(":")[2])
+            yield url
+
+    def close(self) -> None:
+        self.thread.close()
+        self.books.journal.close()
+
+
+TEXT = " ".join(
+    f"the {first} {second} of the {third} was {fourth} than anybody had thought it could be."
+    for first in ("old", "new", "red", "small")
+    for second in ("house", "river", "garden", "letter")
+    for third in ("teacher", "sailor", "doctor", "farmer")
+    for fourth in ("larger", "darker", "colder", "better")
+)
+
+
+class Organisation:
+    """One organisation's validator, which can be restarted."""
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        swarm: TinySwarm,
+        model: LocalModel,
+        operator: OperatorClient,
+        *,
+        has_weights: bool = False,
+        only_rechecks: bool = False,
+    ) -> None:
+        self.path = folder / f"{name}.state"
+        self.made: list[Challenged] = []
+        self.posted: list[Posted] = []
+        self.clients: list[PeerId] = []
+        self._swarm = swarm
+        self._model = model
+        self._operator = operator
+        self._reference = own_weights(model.checkpoint) if has_weights else None
+        self._settings = ValidatorSettings(party(name), only_rechecks=only_rechecks)
+
+    @asynccontextmanager
+    async def running(self, seed: int) -> AsyncIterator[Validator]:
+        state = await asyncio.to_thread(ValidatorState.open, self.path)
+        try:
+            yield Validator(
+                self._settings,
+                state,
+                PrivateTexts([TEXT], state.used),
+                self._model,
+                self._connect,
+                self._operator,
+                clock=self._swarm.clock,
+                dice=random.Random(seed),
+                organisation=await organisation_of(self._operator, self._settings.identity, state),
+                reference=self._reference,
+                posted=self.posted.append,
+            )
+        finally:
+            await state.close()
+
+    def hear(self, made: Challenged | SwarmError | None) -> None:
+        assert isinstance(made, Challenged)
+        self.made.append(made)
+
+    async def _connect(self, terms: ChallengeTerms) -> SwarmClient:
+        """As ``SwarmClient.connect`` does over libp2p."""
+        identity = Identity.generate()
+        self.clients.append(identity.peer_id)
+        grants = OperatorGrants(
+            GrantTerms("", public("operator"), CREDIT, self._settings.identity, "", True),
+            self._operator,
+            self._swarm.clock,
+        )
+        return SwarmClient(
+            self._swarm.network.join(identity),
+            clock=self._swarm.clock,
+            challenge=terms,
+            grants=grants,
+        )
+
+    def findings_of(self, node: Identity) -> list[str]:
+        return [
+            each.finding.found.value
+            for made in self.made
+            for each in made.judged
+            if each.finding.peer_id == node.peer_id
+        ]
+
+
+async def test_a_cheat_is_quarantined_by_one_and_revoked_by_two_and_honest_nodes_are_seen(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    swarm = TinySwarm((None, Behaviour.SKIP), checkpoint)
+    desk = Desk(tmp_path / "books", swarm)
+    earned = desk.earn(desk.evil, swarm.revision.hex())
+    spent = desk.books.journal.balance(f"user:{peer('alice')}")
+    assert earned > 0
+    model = LocalModel.load(str(checkpoint.path), dtype="float32")
+    async with swarm.nodes_running():
+        async with desk.open() as url:
+            pass
+        async with OperatorClient(url) as operator:
+            lab = Organisation("lab", tmp_path, swarm, model, operator, has_weights=True)
+            telco = Organisation("telco", tmp_path, swarm, model, operator, only_rechecks=True)
+            with pytest.raises(NetworkError):
+                async with lab.running(0):
+                    pass  # it was never told whose key it has
+            async with desk.open(), lab.running(1) as validator:
+                lab.hear(await validator.challenge())
+            # The operator is away: what is found now waits, also over a restart.
+            async with lab.running(2) as validator:
+                lab.hear(await validator.challenge())
+                with pytest.raises(NetworkError):
+                    await validator.delivery.deliver()
+            assert lab.posted == []
+            waiting = sum(each.waiting for each in summaries(lab.path))
+            signed = [each for made in lab.made for each in made.judged if each.outcome]
+            assert waiting == len(signed) >= 2
+            async with desk.open(), lab.running(3) as validator:
+                await validator.delivery.deliver()
+                assert len(lab.posted) == waiting
+                before = desk.clean_audits(evil_swarm.identity(2))
+                for posted in lab.posted:  # the same again changes nothing
+                    await operator.verdict(posted.verdict.sealed)
+                assert desk.clean_audits(evil_swarm.identity(2)) == before
+                await validator.delivery.deliver()
+                assert len(lab.posted) == waiting
+                while desk.state(desk.evil) != QUARANTINED:
+                    assert len(lab.made) < MOST_CHALLENGES
+                    await validator.once(lab.hear)
+            assert desk.waiting(desk.evil) == earned  # frozen, and not more
+            async with desk.open():
+                listed = [Quarantined(desk.evil.peer_id, "", ("lab",))]
+                assert await operator.quarantined() == listed
+                # A second organisation, without the weights, by challenges of its own.
+                async with telco.running(4) as validator:
+                    await validator.once(lambda made: made and telco.hear(made))
+                assert desk.state(desk.evil) == REVOKED
+                assert await operator.quarantined() == []
+                # And both go on with the others.
+                both = (replace_rechecks(telco, False), lab)
+                for organisation in both:
+                    async with organisation.running(5) as validator:
+                        for _ in range(4):
+                            organisation.hear(await validator.challenge())
+                        await validator.delivery.deliver()
+    model.close()
+    # The cheat has lost what it earned to whom had paid it.
+    assert desk.waiting(desk.evil) == 0
+    assert desk.books.journal.balance(f"user:{peer('alice')}") == spent + earned
+    assert set(telco.findings_of(desk.evil)) == {"failed"}
+    assert {made.target.case for made in telco.made[:2]} == {Case.RECHECK}
+    assert all(made.target.node == desk.evil.peer_id for made in telco.made[:2])
+    # A suspect was met again at once, and judged by own weights.
+    first = next(n for n, made in enumerate(lab.made) if suspects(made, desk.evil))
+    assert lab.made[first + 1].target.node == desk.evil.peer_id
+    assert lab.made[first + 1].target.case is Case.SUSPECT
+    (again,) = [
+        each for each in lab.made[first + 1].judged if each.finding.peer_id == desk.evil.peer_id
+    ]
+    assert again.finding.evidence is not None
+    assert again.finding.evidence.is_by_reference
+    # Honest nodes have clean audits, and none was accused; nobody judged its own.
+    for number in range(1, 6):
+        node = evil_swarm.identity(number)
+        assert desk.state(node) == "active"
+        for organisation in (lab, telco):
+            assert set(organisation.findings_of(node)) <= {"passed"}
+    assert lab.findings_of(desk.own) == []
+    assert any(telco.findings_of(desk.own)) or desk.clean_audits(desk.own) == 0
+    assert sum(desk.clean_audits(evil_swarm.identity(number)) for number in range(2, 6)) >= 8
+    assert all(not posted.answer.startswith("refused") for posted in lab.posted + telco.posted)
+    rows = desk.books.journal.db.execute(
+        "SELECT COUNT(*), COUNT(DISTINCT segment || hex(signer)) FROM verdict"
+    ).fetchone()
+    assert rows == (len(lab.posted) + len(telco.posted),) * 2
+    # Both have seen honest nodes: they share the sum of the day, and the cheat does not.
+    paid = desk.books.share_uptime((int(time.time()) // 86400 + 1) * HOURS * HOUR_S)
+    assert paid == POT
+    assert desk.waiting(desk.evil) == 0
+    assert_nothing_tells(swarm, lab, telco)
+    desk.close()
+
+
+def suspects(made: Challenged, node: Identity) -> bool:
+    return any(
+        each.finding.peer_id == node.peer_id and each.finding.found.value != "passed"
+        for each in made.judged
+    )
+
+
+def replace_rechecks(organisation: Organisation, only_rechecks: bool) -> Organisation:
+    organisation._settings = replace(organisation._settings, only_rechecks=only_rechecks)
+    return organisation
+
+
+def assert_nothing_tells(swarm: TinySwarm, *organisations: Organisation) -> None:
+    """What the nodes have in their books of the challenges: allowances as of any user."""
+    clients = [peer for each in organisations for peer in each.clients]
+    assert len(set(clients)) == len(clients)
+    keys: dict[str, str] = {}
+    classes = set()
+    for books in swarm.books.values():
+        for serial, payload in books.database.execute("SELECT serial, payload FROM allowance"):
+            allowance = strict_json.parse(Allowance, payload)
+            assert keys.setdefault(allowance.voucher_key, serial) == serial
+            classes.add(allowance.allowance_class)
+            for name in ("lab", "telco"):
+                assert peer(name).encode() not in payload
+                assert public(name).hex().encode() not in payload
+    assert classes <= {FUNDED, LOCAL}
+    assert FUNDED in classes
+
+
+async def test_a_key_that_the_operator_does_not_list_is_told_so(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    desk = Desk(tmp_path / "books", TinySwarm((None, None), checkpoint))
+    state = ValidatorState.open(tmp_path / "state")
+    async with desk.open() as url, OperatorClient(url) as operator:
+        with pytest.raises(ConfigError, match=public("mallory").hex()):
+            await organisation_of(operator, party("mallory"), state)
+        assert await organisation_of(operator, party("telco"), state) == "telco"
+    async with OperatorClient(url) as operator:  # it is away, and has said it before
+        assert await organisation_of(operator, party("telco"), state) == "telco"
+    await state.close()
+    desk.close()
