@@ -37,15 +37,23 @@ log = logging.getLogger(__name__)
 
 CHALLENGE_S = 600.0
 """For one session and its audits; what takes longer is given up."""
-PROMPT_CHARACTERS = (80, 2400)
-ANSWER_TOKENS = (16, 128)
-"""Shortest and longest; between them the logarithm is drawn evenly, as lengths of texts are."""
 TEMPERATURES = (0.0, 0.7, 1.0)
 
 Judged = Callable[[Sequence[PeerId]], Awaitable[Collection[PeerId]]]
 """Of the hops that served a session, those that we may judge."""
 Connect = Callable[[ChallengeTerms], Awaitable[SwarmClient]]
 """Joins the swarm as somebody whom nobody has seen before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Shortest and longest; between them the logarithm is drawn evenly, as lengths of texts are."""
+
+    prompt_characters: tuple[int, int] = (80, 2400)
+    answer_tokens: tuple[int, int] = (16, 128)
+
+
+LENGTHS = Lengths()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +65,10 @@ class Shape:
     temperature: float
 
     @classmethod
-    def draw(cls, dice: random.Random) -> Shape:
+    def draw(cls, lengths: Lengths, dice: random.Random) -> Shape:
         return cls(
-            _between(*PROMPT_CHARACTERS, dice),
-            _between(*ANSWER_TOKENS, dice),
+            _between(*lengths.prompt_characters, dice),
+            _between(*lengths.answer_tokens, dice),
             dice.choice(TEMPERATURES),
         )
 

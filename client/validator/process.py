@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from swarm.client.auditing import Finding
 from swarm.client.challenge_terms import Reference
 from swarm.client.generate import LocalModel
-from swarm.client.validator.challenges import Challenge, Connect, Served, Shape
+from swarm.client.validator.challenges import LENGTHS, Challenge, Connect, Lengths, Served, Shape
 from swarm.client.validator.delivery import Delivery, Posted
 from swarm.client.validator.docket import Docket, Target
 from swarm.client.validator.prompts import PrivateTexts
@@ -59,6 +59,7 @@ class ValidatorSettings:
     """Mean time between two challenges."""
     only_rechecks: bool = False
     """Only nodes that others have accused, and suspects."""
+    lengths: Lengths = LENGTHS
 
     def __post_init__(self) -> None:
         if not 1 <= self.period_s <= 7 * 24 * 3600:
@@ -128,7 +129,7 @@ class Validator:
             target = await self._target(records)
             if target is None:
                 return None
-            shape = Shape.draw(self._dice)
+            shape = Shape.draw(self._settings.lengths, self._dice)
             piece = self._texts.take(shape.prompt_characters, self._dice)
             await self._state.use(piece.digests)
             challenge.steer(records, target, self._standings.own)

@@ -20,6 +20,7 @@ from swarm.client.challenge_terms import ChallengeTerms
 from swarm.client.generate import LocalModel
 from swarm.client.grants import GrantTerms, OperatorGrants
 from swarm.client.validator.app import own_weights
+from swarm.client.validator.challenges import Lengths
 from swarm.client.validator.delivery import Posted
 from swarm.client.validator.docket import Case
 from swarm.client.validator.process import (
@@ -66,6 +67,7 @@ from tests.unit.operator.parties import identity as party
 BLOCKS = 6
 POT = 6000
 MOST_CHALLENGES = 24
+SHORT = Lengths(prompt_characters=(20, 60), answer_tokens=(6, 12))
 CREDIT = 10**9
 
 
@@ -116,13 +118,15 @@ class TinySwarm(EvilSwarm):
 
     async def _announced(self) -> None:
         somebody = self.network.join(Identity.generate())
+        found = 0
         async with asyncio.timeout(30):
-            while len(await read_nodes(somebody, self.revision, self.clock)) < 6:
+            while found < 6:
+                found = len(await read_nodes(somebody, self.revision, self.clock))
                 await asyncio.sleep(0)
 
 
 class Desk:
-    """The operator, with its door open or not; all six nodes are in its books, one of them lab's."""
+    """The operator, its door open or not; all six nodes are in its books, one of them lab's."""
 
     def __init__(self, folder: Path, swarm: TinySwarm) -> None:
         keys = [public(f"mint-{number}").hex() for number in range(3)]
@@ -219,7 +223,7 @@ class Organisation:
         self._model = model
         self._operator = operator
         self._reference = own_weights(model.checkpoint) if has_weights else None
-        self._settings = ValidatorSettings(party(name), only_rechecks=only_rechecks)
+        self._settings = ValidatorSettings(party(name), only_rechecks=only_rechecks, lengths=SHORT)
 
     @asynccontextmanager
     async def running(self, seed: int) -> AsyncIterator[Validator]:

@@ -35,7 +35,7 @@ def _no_peers_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["models"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["models"], ["validator", "run"]])
 def test_help(command: list[str]) -> None:
     result = runner.invoke(cli.app, [*command, "--help"])
     assert result.exit_code == 0
