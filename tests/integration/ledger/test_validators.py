@@ -223,14 +223,15 @@ class Organisation:
         self._model = model
         self._operator = operator
         self._reference = own_weights(model.checkpoint) if has_weights else None
-        self._settings = ValidatorSettings(party(name), only_rechecks=only_rechecks, lengths=SHORT)
+        self.only_rechecks = only_rechecks
+        self._identity = party(name)
 
     @asynccontextmanager
     async def running(self, seed: int) -> AsyncIterator[Validator]:
         state = await asyncio.to_thread(ValidatorState.open, self.path)
         try:
             yield Validator(
-                self._settings,
+                ValidatorSettings(self._identity, only_rechecks=self.only_rechecks, lengths=SHORT),
                 state,
                 PrivateTexts([TEXT], state.used),
                 self._model,
@@ -238,7 +239,7 @@ class Organisation:
                 self._operator,
                 clock=self._swarm.clock,
                 dice=random.Random(seed),
-                organisation=await organisation_of(self._operator, self._settings.identity, state),
+                organisation=await organisation_of(self._operator, self._identity, state),
                 reference=self._reference,
                 posted=self.posted.append,
             )
@@ -246,15 +247,17 @@ class Organisation:
             await state.close()
 
     def hear(self, made: Challenged | SwarmError | None) -> None:
-        assert isinstance(made, Challenged)
-        self.made.append(made)
+        """None says that nothing is left to be looked at."""
+        assert not isinstance(made, SwarmError)
+        if made is not None:
+            self.made.append(made)
 
     async def _connect(self, terms: ChallengeTerms) -> SwarmClient:
         """As ``SwarmClient.connect`` does over libp2p."""
         identity = Identity.generate()
         self.clients.append(identity.peer_id)
         grants = OperatorGrants(
-            GrantTerms("", public("operator"), CREDIT, self._settings.identity, "", True),
+            GrantTerms("", public("operator"), CREDIT, self._identity, "", True),
             self._operator,
             self._swarm.clock,
         )
@@ -321,12 +324,12 @@ async def test_a_cheat_is_quarantined_by_one_and_revoked_by_two_and_honest_nodes
                 assert await operator.quarantined() == listed
                 # A second organisation, without the weights, by challenges of its own.
                 async with telco.running(4) as validator:
-                    await validator.once(lambda made: made and telco.hear(made))
+                    await validator.once(telco.hear)
                 assert desk.state(desk.evil) == REVOKED
                 assert await operator.quarantined() == []
                 # And both go on with the others.
-                both = (replace_rechecks(telco, False), lab)
-                for organisation in both:
+                telco.only_rechecks = False
+                for organisation in (telco, lab):
                     async with organisation.running(5) as validator:
                         for _ in range(4):
                             organisation.hear(await validator.challenge())
@@ -374,11 +377,6 @@ def suspects(made: Challenged, node: Identity) -> bool:
         each.finding.peer_id == node.peer_id and each.finding.found.value != "passed"
         for each in made.judged
     )
-
-
-def replace_rechecks(organisation: Organisation, only_rechecks: bool) -> Organisation:
-    organisation._settings = replace(organisation._settings, only_rechecks=only_rechecks)
-    return organisation
 
 
 def assert_nothing_tells(swarm: TinySwarm, *organisations: Organisation) -> None:
