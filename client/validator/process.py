@@ -113,7 +113,7 @@ class Validator:
         self._clock = clock
         self._dice = dice
         self._reference = reference
-        self._standings = Standings(operator, organisation, clock)
+        self._standings = Standings(operator, organisation, state, clock)
         self._docket = Docket(state.known)
 
     # --- one challenge

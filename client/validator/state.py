@@ -1,4 +1,4 @@
-"""What a validator must not forget: sentences that were used, what it knows of nodes, verdicts.
+"""What a validator must not forget: sentences that were used, what nodes did, verdicts.
 
 One SQLite file that only its owner can read. A verdict is on the disk before anybody hears of it,
 and stays there with the operator's answer.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from swarm.client.validator.docket import Known
 from swarm.ledger.commits import Commits, CommitThread, read_only
+from swarm.ledger.operator_client import NodeStanding
 from swarm.protocol.envelope import Envelope, parse_envelope
 from swarm.protocol.errors import ConfigError
 from swarm.protocol.identity import PeerId
@@ -21,6 +22,10 @@ from swarm.protocol.identity import PeerId
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS used (digest BLOB PRIMARY KEY) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS known (node TEXT PRIMARY KEY, body TEXT NOT NULL) STRICT;
+-- of nodes in the operator's books
+CREATE TABLE IF NOT EXISTS standing (
+    node TEXT PRIMARY KEY, organisation TEXT NOT NULL, state TEXT NOT NULL
+) STRICT;
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 -- answer is empty while the operator has not taken it
 CREATE TABLE IF NOT EXISTS verdict (
@@ -58,6 +63,13 @@ class ValidatorState:
             PeerId(node): Known.from_json(body)
             for node, body in reader.execute("SELECT node, body FROM known")
         }
+        self.standings = {
+            PeerId(node): NodeStanding(organisation, standing)
+            for node, organisation, standing in reader.execute(
+                "SELECT node, organisation, state FROM standing"
+            )
+        }
+        """What the operator said last of nodes."""
         self.meta: dict[str, str] = dict(reader.execute("SELECT name, value FROM meta"))
         rows = reader.execute(
             "SELECT segment, node, outcome, envelope, unix_s FROM verdict WHERE answer = ''"
@@ -115,6 +127,18 @@ class ValidatorState:
         """The operator has taken a verdict, or has refused it for good."""
         await self._write("UPDATE verdict SET answer = ? WHERE segment = ?", (answer, segment))
         self._waiting.pop(segment, None)
+
+    async def heard(self, node: PeerId, standing: NodeStanding | None) -> None:
+        """The operator's word about a node; of those that are not in its books nothing is kept."""
+        if self.standings.get(node) == standing:
+            return
+        if standing is None:
+            await self._write("DELETE FROM standing WHERE node = ?", (node,))
+            del self.standings[node]
+            return
+        row = (node, standing.organisation, standing.state)
+        await self._write("INSERT OR REPLACE INTO standing VALUES (?, ?, ?)", row)
+        self.standings[node] = standing
 
     async def remember(self, name: str, value: str) -> None:
         """Keep a setting of ours."""

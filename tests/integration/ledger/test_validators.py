@@ -305,7 +305,7 @@ async def test_a_cheat_is_quarantined_by_one_and_revoked_by_two_and_honest_nodes
             assert lab.posted == []
             waiting = sum(each.waiting for each in summaries(lab.path))
             signed = [each for made in lab.made for each in made.judged if each.outcome]
-            assert waiting == len(signed) >= 2
+            assert waiting == len(signed) >= 1
             async with desk.open(), lab.running(3) as validator:
                 await validator.delivery.deliver()
                 assert len(lab.posted) == waiting
