@@ -355,6 +355,12 @@ class SwarmClient:
             passport_of=self._passport_of,
         )
         router = await self._router(needs, model_name)
+
+        async def renew() -> Grant | None:
+            fresh = await self._grant(grants)
+            router.pays_with(bytes.fromhex(fresh.allowance.route_seed) if fresh else b"")
+            return fresh
+
         chain = Chain(
             self._network,
             router,
@@ -365,6 +371,7 @@ class SwarmClient:
             timeouts=self._timeouts_for(request),
             journal_budget=self._journals,
             grant=grant,
+            renew=renew,
             sketcher=self._sketcher(request.hidden_size) if self._keeps_sketches else None,
             on_finished=self._audit if self._audits else None,
         )

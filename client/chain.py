@@ -31,6 +31,7 @@ from swarm.client.hops import Hops, HopTimeouts, SessionRequest
 from swarm.client.link import HopFailed, HopTimes, Link
 from swarm.client.moving import Moves
 from swarm.client.planner import Planner
+from swarm.client.purse import AskGrant, Purse
 from swarm.client.router import failure_kind
 from swarm.client.steps import Steps
 from swarm.client.vouchers import Grant, HopAccount
@@ -47,6 +48,7 @@ from swarm.protocol.errors import (
     SwarmError,
     UsageError,
 )
+from swarm.protocol.ledger_objects import Work
 from swarm.protocol.messages import (
     CloseSession,
     Draining,
@@ -120,10 +122,12 @@ class Chain:
         timeouts: ChainTimeouts | None = None,
         journal_budget: JournalBudget | None = None,
         grant: Grant | None = None,
+        renew: AskGrant | None = None,
         sketcher: Sketcher | None = None,
         on_finished: Callable[[Chain], Awaitable[object]] | None = None,
     ) -> None:
-        """``grant``: what vouchers for the hops draw on; None: there are none.
+        """``grant``: what vouchers for the hops draw on; None: there are none. ``renew`` gets
+        another one before it is used up.
 
         ``sketcher`` makes the session fit for audits. ``on_finished`` is called before the hops
         free the session; nobody who closes the chain waits for it.
@@ -149,7 +153,7 @@ class Chain:
             on_open=self._start_reading,
             on_loss=self._lost,
             work_since=self._steps.work_since,
-            grant=grant,
+            purse=Purse(grant, renew, clock),
         )
         self._session = self._steps.session
         self._healer = Healer(
@@ -200,7 +204,7 @@ class Chain:
     @property
     def accounts(self) -> list[HopAccount]:
         """What each hop that this session ever had was vouched for."""
-        return self._hops.accounts
+        return self._hops.purse.accounts
 
     @property
     def passes(self) -> int:
@@ -580,7 +584,7 @@ class Chain:
             case Ping():
                 await link.connection.send(Pong(nonce=message.nonce))
             case SignedReceipt() if link.account is not None:
-                link.account.take(message)
+                link.take_receipt(message)
                 self._receipt_came.set()
             case Error():
                 if not self._closing.is_set():
@@ -629,6 +633,8 @@ class Chain:
         row_order: tuple[int, ...],
         deadline_s: float | None,
     ) -> asyncio.Future[StepResult]:
+        rows, tokens, _ = activations.shape
+        await self._fund(step_work(rows, tokens))
         while not (self._is_whole and self._session.may_issue):
             # While a gap is being filled no step is added: the hops keep the results of only so
             # many, and the replacement needs all of them.
@@ -652,6 +658,14 @@ class Chain:
         except NetworkError as error:
             self._hops.lose(first, HopFailed(first.hop, error))
         return future
+
+    async def _fund(self, work: Work) -> None:
+        """Have an allowance that pays for one more step; ask for the next one ahead of use."""
+        hops = self._hops
+        await hops.fund(work)
+        accounts = [link.account for link in hops.links if link.account is not None]
+        if hops.purse.wants_to_ask(accounts, work) and self._tasks is not None:
+            self._start(self._tasks, hops.purse.ask_ahead())
 
     def _vouchers_before(self, step: Step) -> list[SignedVoucher]:
         """Vouch for what hops did so far; for the first one it goes with the step."""

@@ -13,6 +13,7 @@ from swarm.client.hops import Hops
 from swarm.client.link import Link
 from swarm.connection import remote_error
 from swarm.protocol.errors import ErrorCode, NetworkError, ProtocolError, RemoteError
+from swarm.protocol.identity import PeerId
 from swarm.protocol.messages import Error, StepResult
 from swarm.protocol.session import ClientSession
 
@@ -30,6 +31,8 @@ class Complaints:
         self._hops = hops
         self._session = session
         self._mend = mend
+        self._unpaid: set[PeerId] = set()
+        """Hops that said already that the allowance does not pay for more."""
 
     def take(self, link: Link, message: Error) -> None:
         """What a hop says went wrong; raises when the hop itself is of no more use."""
@@ -48,6 +51,11 @@ class Complaints:
                 log.debug("%s refused a probe", link.peer_id)
             case ErrorCode.STALE_STEP if self._session.is_answered(message.step):
                 pass
+            case ErrorCode.OVER_LIMIT | ErrorCode.NOT_VALID_NOW if link.peer_id not in self._unpaid:
+                # Once it may be ours: an allowance that pays for no more.
+                self._unpaid.add(link.peer_id)
+                self._hops.purse.refused()
+                self._hops.blame.without(link, error)
             case code if code in INPUT_IS_WRONG | MAY_LIE_BETWEEN and link.hop.first_block > 0:
                 self._about_input(link, message, error)
             case _:

@@ -18,6 +18,7 @@ from swarm.client.adapter_push import AdapterSource, bring_adapter
 from swarm.client.blame import Blame
 from swarm.client.link import HopFailed, Link
 from swarm.client.planner import Planner
+from swarm.client.purse import NO_WORK, Purse
 from swarm.client.vouchers import Grant, HopAccount
 from swarm.journal import Journal
 from swarm.ledger.audit_rule import UNCALIBRATED, SpanLimits
@@ -138,7 +139,7 @@ class Hops:
         on_open: Callable[[Link], None],
         on_loss: Callable[[Link], None],
         work_since: Callable[[int], Work],
-        grant: Grant | None = None,
+        purse: Purse,
     ) -> None:
         """``on_open`` starts the reader of a link; ``on_loss`` hears of each link given up.
 
@@ -156,9 +157,8 @@ class Hops:
         self._on_open = on_open
         self._on_loss = on_loss
         self._work_since = work_since
-        self._grant = grant
-        self.accounts: list[HopAccount] = []
-        """Of all hops that the session ever had."""
+        self.purse = purse
+        self._funding = asyncio.Lock()
         self._fresh: list[Link] = []
         self._work_on_hops: asyncio.Future[None] | None = None
         self._last_version = 0
@@ -319,6 +319,9 @@ class Hops:
     ) -> list[Link]:
         before = [link for link in self.links if link.hop.end_block <= first_block]
         after = next((link for link in self.links if link.hop.first_block == end_block), None)
+        again = Work(prefill_tokens=self._request.rows * resume.position)
+        again += self._work_since(resume.step)
+        await self.fund(NO_WORK, replayed=again, blocks=end_block - first_block)
         own = self._transport.peer_id
         previous = before[-1].peer_id if before else None
         following = after.peer_id if after is not None else None
@@ -344,8 +347,7 @@ class Hops:
             )
             for link, target in zip(fresh, targets, strict=True)
         )
-        again = Work(prefill_tokens=self._request.rows * resume.position)
-        await self._vouch_for(fresh, self._work_since(resume.step) + again)
+        await self._vouch_for(fresh, again)
         await self._replay(before, fresh, resume, journal)
         for link in fresh:
             self._fresh.remove(link)
@@ -361,7 +363,7 @@ class Hops:
     async def _open(
         self, hop: PlannedHop, previous: PeerId, first_step: int, state_from: str = ""
     ) -> Link:
-        request = self._request
+        request, grant = self._request, self.purse.grant
         message = OpenSession(
             model_revision=request.model_revision,
             first_block=hop.first_block,
@@ -376,10 +378,10 @@ class Hops:
             state_from=state_from,
             adapter_id=request.adapter_id,
             policy=b"" if request.policy is None else request.policy.to_bytes(),
-            **self._allowance(),
+            **_allowance(grant),
         )
         try:
-            return await self._open_link(hop, message)
+            return await self._open_link(hop, message, grant)
         except HopFailed as error:
             if error.code is not ErrorCode.ADAPTER_MISSING or request.adapter is None:
                 raise
@@ -390,9 +392,9 @@ class Hops:
             model_revision=request.model_revision,
             only_for=None if request.policy is None else request.policy.check,
         )
-        return await self._open_link(hop, message)
+        return await self._open_link(hop, message, grant)
 
-    async def _open_link(self, hop: PlannedHop, message: OpenSession) -> Link:
+    async def _open_link(self, hop: PlannedHop, message: OpenSession, grant: Grant | None) -> Link:
         link = await Link.open(
             self._transport,
             hop,
@@ -400,21 +402,38 @@ class Hops:
             clock=self._clock,
             timeout_s=self._timeouts.open_s,
             only_for=None if self._request.policy is None else self._request.policy.check,
-            grant=self._grant,
+            grant=grant,
         )
         if link.account is not None:
-            self.accounts.append(link.account)
+            self.purse.accounts.append(link.account)
         return link
 
-    def _allowance(self) -> dict[str, Any]:
-        if self._grant is None:
-            return {}
-        signed = self._grant.signed
-        return {
-            "allowance": signed.payload,
-            "allowance_signature": signed.signature,
-            "allowance_issuer": signed.public_key,
-        }
+    # --- who pays
+    async def fund(self, work: Work, *, replayed: Work = NO_WORK, blocks: int = 0) -> None:
+        """Have an allowance that pays for ``work`` on each hop, and for what is ``replayed`` on
+        fresh hops with so many ``blocks``. Raises AllowanceRefused.
+
+        Hops that cannot go on with another one are given up without blame, to be opened anew.
+        """
+        purse = self.purse
+        async with self._funding:
+            if purse.is_over(self._open_accounts, work, replayed, blocks):
+                await purse.change()
+            grant = purse.grant
+            for link in tuple(self.links):
+                if grant is None or link.account is None or link.account.grant is grant:
+                    continue
+                if not link.opened.takes_renewals or not purse.suits(link.account):
+                    self.blame.without(link, NetworkError("takes no fresh allowance"))
+                    continue
+                try:
+                    purse.accounts.append(await link.renew(link.account, grant))
+                except HopFailed as error:
+                    self.lose(link, error)
+
+    @property
+    def _open_accounts(self) -> list[HopAccount]:
+        return [link.account for link in self.links if link.account is not None]
 
     async def _vouch_for(self, links: Iterable[Link], work: Work) -> None:
         """Vouch ahead for what hops have to compute again, since it may exceed two windows."""
@@ -591,6 +610,17 @@ class Hops:
     def _version(self) -> int:
         self._last_version += 1
         return self._last_version
+
+
+def _allowance(grant: Grant | None) -> dict[str, Any]:
+    if grant is None:
+        return {}
+    signed = grant.signed
+    return {
+        "allowance": signed.payload,
+        "allowance_signature": signed.signature,
+        "allowance_issuer": signed.public_key,
+    }
 
 
 def _route_to(link: Link, version: int, prepare: int = 0) -> SetRoute:

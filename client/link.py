@@ -33,11 +33,13 @@ from swarm.protocol.messages import (
     Pong,
     PreviousSet,
     ProbeReport,
+    RenewAllowance,
     Replayed,
     RouteReady,
     SessionOpened,
     SetPrevious,
     SetRoute,
+    SignedReceipt,
     TakenOver,
 )
 from swarm.protocol.version import STREAM_PROTOCOL
@@ -105,6 +107,8 @@ class Link:
         self.failure: HopFailed | None = None
         self.account: HopAccount | None = None
         """What the hop is vouched for; None when it keeps no books."""
+        self._former_account: HopAccount | None = None
+        """Of the allowance before; its last receipts may still come."""
         self._clock = clock
         self._taken_over: asyncio.Future[TakenOver] = asyncio.get_running_loop().create_future()
         self._expected: dict[tuple[type[Message], int | str], asyncio.Future[Answer]] = {}
@@ -284,6 +288,34 @@ class Link:
             except TimeoutError:
                 reason = NetworkError("is not getting on with what it has to catch up")
                 raise HopFailed(self.hop, reason) from None
+
+    async def renew(self, account: HopAccount, grant: Grant) -> HopAccount:
+        """Vouch for the rest of ``account``, and for what comes with ``grant``; the new account.
+
+        Raises HopFailed.
+        """
+        # Vouchers that were handed to another task go first: they are of the former allowance.
+        await asyncio.sleep(0)
+        voucher = account.sign_all()
+        signed = grant.signed
+        fresh = self.account = account.renewed(grant)
+        self._former_account = account
+        try:
+            await self.connection.send(
+                *([voucher] if voucher is not None else []),
+                RenewAllowance(signed.payload, signed.signature, signed.public_key),
+            )
+        except NetworkError as error:
+            raise HopFailed(self.hop, error) from error
+        return fresh
+
+    def take_receipt(self, message: SignedReceipt) -> None:
+        """Of the account that it is for. Raises ProtocolError."""
+        former = self._former_account
+        if former is not None and former.is_receipt_for(message):
+            former.take(message)
+        elif self.account is not None:
+            self.account.take(message)
 
     def fail(self, error: HopFailed) -> None:
         """Note why this hop is given up; whoever waits for it gets the reason."""

@@ -163,6 +163,10 @@ class Router:
         added_s += APART_S * sum(frozenset(pair) in apart for pair in pairwise(peers))
         return replace(plan, expected_step_s=plan.expected_step_s - added_s)
 
+    def pays_with(self, route_seed: bytes) -> None:
+        """The session's allowance is another one now; the seed of its draw, empty without one."""
+        self._needs = replace(self._needs, route_seed=route_seed)
+
     async def is_online(self) -> bool:
         """Whether any of a few nodes, whichever blocks they have, can be dialled."""
         records = [r for r in self._known.records if not permitted(r, self._needs)[1]]

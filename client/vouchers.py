@@ -84,10 +84,15 @@ class HopAccount:
         """The latest that came."""
         self.receipt_signed: Signed | None = None
         self._session = opened.session_id.hex()
+        self._opened = opened
         self._request = request
         self._clock = clock
         self._signed_s = clock.monotonic_s()
         self._unanswered: dict[int, Voucher] = {}
+
+    def renewed(self, grant: Grant) -> HopAccount:
+        """Of the same session at the same hop, for what comes after this and with ``grant``."""
+        return HopAccount(grant, self.peer, self._request, self._opened, self._clock)
 
     @property
     def blocks(self) -> int:
@@ -152,6 +157,10 @@ class HopAccount:
         if len(self._unanswered) > MOST_UNANSWERED:
             del self._unanswered[min(self._unanswered)]
         return SignedVoucher(payload=signed.payload, signature=signed.signature)
+
+    def is_receipt_for(self, message: SignedReceipt) -> bool:
+        """Whether a receipt says that it is for this account. Raises DecodeError."""
+        return strict_json.parse(Receipt, message.payload).serial == self.grant.allowance.serial
 
     def take(self, message: SignedReceipt) -> None:
         """Check a hop's receipt. Raises ProtocolError, or Equivocation with the evidence."""

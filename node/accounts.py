@@ -40,7 +40,12 @@ from swarm.protocol.ledger_objects import (
     Voucher,
     Work,
 )
-from swarm.protocol.messages import OpenSession, SignedReceipt, SignedVoucher
+from swarm.protocol.messages import (
+    OpenSession,
+    RenewAllowance,
+    SignedReceipt,
+    SignedVoucher,
+)
 from swarm.protocol.policy import policy_digest
 
 log = logging.getLogger(__name__)
@@ -116,7 +121,18 @@ class NodeLedger:
                 raise ProtocolError(ErrorCode.NO_CAPACITY, "more than anonymous users get")
         return standing
 
-    def _standing(self, request: OpenSession, peer: PeerId) -> Standing:
+    def renewed(self, request: RenewAllowance, peer: PeerId, before: Standing) -> Standing:
+        """Check another allowance of a session. Raises ProtocolError.
+
+        OVER_LIMIT for one that is served after others than the first was: the session was let in
+        before those.
+        """
+        standing = self._standing(request, peer)
+        if standing.priority > before.priority:
+            raise ProtocolError(ErrorCode.OVER_LIMIT, "an allowance of a lower class")
+        return standing
+
+    def _standing(self, request: OpenSession | RenewAllowance, peer: PeerId) -> Standing:
         if not request.allowance:
             return Standing(payer=peer, priority=LOWEST_PRIORITY)
         signed = Signed(request.allowance, request.allowance_signature, request.allowance_issuer)
@@ -159,6 +175,7 @@ class NodeLedger:
 class PendingReceipt:
     """A voucher that counts, and the receipt that waits until it is on the disk."""
 
+    standing: Standing
     voucher: Signed
     receipt: Signed
     units: int
@@ -181,29 +198,31 @@ class SessionAccount:
         self._identity = identity
         self._store = store
         self._clock = clock
-        self._standing = standing
+        self.standing = standing
+        """Who pays now."""
         self._terms = terms
         self._session = session_id.hex()
         self._policy = request.policy
         self.transcript = Transcript(session_id, request.policy)
         self.done = Work()
+        self._channel_terms = ChannelTerms(
+            node=identity.peer_id,
+            session=self._session,
+            model=request.model_revision.hex(),
+            first_block=request.first_block,
+            end_block=request.end_block,
+            adapter=request.adapter_id.hex(),
+            mflop_per_block_token=terms.mflop_per_block_token,
+            policy=policy_digest(request.policy).hex(),
+        )
         self._channel: VoucherChannel | None = None
-        self._is_begun = False
+        self._covered_before = Work()
+        """By the allowances before this one."""
+        self._begun = ""
+        """Serial of the allowance that was noted last."""
         self._answered: PendingReceipt | None = None
         if standing.allowance is not None:
-            self._channel = VoucherChannel(
-                standing.allowance,
-                ChannelTerms(
-                    node=identity.peer_id,
-                    session=self._session,
-                    model=request.model_revision.hex(),
-                    first_block=request.first_block,
-                    end_block=request.end_block,
-                    adapter=request.adapter_id.hex(),
-                    mflop_per_block_token=terms.mflop_per_block_token,
-                    policy=policy_digest(request.policy).hex(),
-                ),
-            )
+            self._channel = VoucherChannel(standing.allowance, self._channel_terms)
 
     @property
     def wants_vouchers(self) -> bool:
@@ -211,7 +230,29 @@ class SessionAccount:
 
     def may_do(self, work: Work) -> bool:
         """Whether the vouchers so far allow one more step."""
-        return self._channel is None or may_go_on(self.done, self._channel.covered, work)
+        return self._channel is None or may_go_on(self.done, self._covered, work)
+
+    @property
+    def _covered(self) -> Work:
+        covered = self._covered_before
+        return covered if self._channel is None else covered + self._channel.covered
+
+    def renew(self, standing: Standing) -> PendingReceipt | None:
+        """Let vouchers draw on another allowance from now on. Raises ProtocolError, and then
+        nothing changed.
+
+        Returns the last voucher of the one before, to :meth:`end` with; None if there was none.
+        """
+        before, channel = self.standing.allowance, self._channel
+        if before is None or channel is None or standing.allowance is None:
+            raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "no allowance to be renewed")
+        if standing.allowance.serial == before.serial:
+            raise ProtocolError(ErrorCode.FOREIGN_OBJECT, "the same allowance")
+        last, self._answered = self._answered, None
+        self._covered_before = self._covered
+        self._channel = VoucherChannel(standing.allowance, self._channel_terms)
+        self.standing = standing
+        return last
 
     def add(self, work: Work) -> None:
         """Work that was accepted."""
@@ -231,17 +272,20 @@ class SessionAccount:
             raise RuntimeError("a voucher was accepted and is not there")
         # A voucher that comes again gets the same receipt: two would contradict each other.
         if self._answered is None or self._answered.voucher.payload != signed.payload:
-            self._answered = PendingReceipt(signed, self._receipt(best), channel.units)
+            self._answered = PendingReceipt(
+                self.standing, signed, self._receipt(best), channel.units
+            )
         return self._answered
 
     async def keep(self, pending: PendingReceipt) -> SignedReceipt:
         """Write a voucher to the disk; only then may its receipt be sent."""
-        allowance, signed = self._standing.allowance, self._standing.signed
+        standing = pending.standing
+        allowance, signed = standing.allowance, standing.signed
         if allowance is None or signed is None:
             raise RuntimeError("a receipt without an allowance")
-        if not self._is_begun:
-            self._is_begun = True
-            await self._store.begin(signed, allowance.serial, self._standing.payer, self._policy)
+        if self._begun != allowance.serial:
+            self._begun = allowance.serial
+            await self._store.begin(signed, allowance.serial, standing.payer, self._policy)
         await self._store.keep(pending.voucher, pending.receipt, pending.units)
         return SignedReceipt(payload=pending.receipt.payload, signature=pending.receipt.signature)
 
@@ -277,8 +321,11 @@ class SessionAccount:
 
     async def close(self) -> SignedReceipt | None:
         """The session is over: what was vouched for is kept; the receipt for the last voucher."""
-        if self._answered is None or self._standing.allowance is None:
-            return None
-        receipt = await self.keep(self._answered)
-        await self._store.end(self._standing.allowance.serial, self._session)
+        return None if self._answered is None else await self.end(self._answered)
+
+    async def end(self, last: PendingReceipt) -> SignedReceipt:
+        """No more vouchers of its allowance will come in this session; the receipt once more."""
+        receipt = await self.keep(last)
+        if last.standing.allowance is not None:
+            await self._store.end(last.standing.allowance.serial, self._session)
         return receipt

@@ -26,7 +26,7 @@ from typing import Protocol
 from swarm.connection import Connection, error_message
 from swarm.journal import Journal, JournalBudget
 from swarm.ledger.channel import Equivocation
-from swarm.node.accounts import PendingReceipt, SessionAccount
+from swarm.node.accounts import PendingReceipt, SessionAccount, Standing
 from swarm.node.engine.api import Engine, SessionCache, StepInput
 from swarm.node.handover import Dial, Mover, SessionState, receive_state
 from swarm.pieces import join_tokens, pieces
@@ -334,6 +334,18 @@ class Hop:
             raise
         self._voucher_came.set()
         self.start(self._send_receipt(account, pending))
+
+    def renew(self, standing: Standing) -> None:
+        """Later vouchers draw on another allowance. Raises ProtocolError."""
+        account = self.account
+        if account is None:
+            raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "no books are kept here")
+        last = account.renew(standing)
+        if last is not None:
+            self.start(self._end(account, last))
+
+    async def _end(self, account: SessionAccount, last: PendingReceipt) -> None:
+        await account.end(last)
 
     async def _send_receipt(self, account: SessionAccount, pending: PendingReceipt) -> None:
         receipt = await account.keep(pending)

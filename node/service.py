@@ -58,6 +58,7 @@ from swarm.protocol.messages import (
     ProbePeer,
     PushAdapter,
     ReadTranscript,
+    RenewAllowance,
     Replay,
     RouteReady,
     SessionClosed,
@@ -417,7 +418,13 @@ class NodeService:
             "keeps_books": int(hop.account.wants_vouchers),
             "mflop_per_block_token": self._ledger.terms.mflop_per_block_token,
             "dtype_class": self._ledger.terms.dtype_class,
+            "takes_renewals": int(hop.account.wants_vouchers),
         }
+
+    def _renew(self, peer: PeerId, hop: Hop, message: RenewAllowance) -> None:
+        if self._ledger is None or hop.account is None:
+            raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "no books are kept here")
+        hop.renew(self._ledger.renewed(message, peer, hop.account.standing))
 
     def _open(self, connection: Connection, request: OpenSession) -> Hop:
         dtype, encoding = check_open(request)
@@ -493,6 +500,8 @@ class NodeService:
                         await connection.send(PreviousSet(route_version=message.route_version))
                     case SignedVoucher():
                         hop.take_voucher(message)
+                    case RenewAllowance():
+                        self._renew(connection.peer, hop, message)
                     case ProbePeer():
                         hop.start(hop.probe(PeerId(message.peer), self._reaches))
                     case HandOver():

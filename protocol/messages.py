@@ -224,6 +224,8 @@ class SessionOpened(Message):
     """What it counts a token through one block for."""
     dtype_class: str = wire(32, Text(16), "")
     """The precision that its answers are held to when they are audited."""
+    takes_renewals: int = wire(33, Uint(1), 0)
+    """1: RenewAllowance may take the place of the allowance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -857,6 +859,19 @@ class SignedReceipt(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class RenewAllowance(Message):
+    """Client to hop, on the control stream: later vouchers of this session draw on this allowance.
+
+    They count from zero, and cover what comes after what the former ones covered.
+    """
+
+    TAG = 75
+    allowance: bytes = wire(1, Bytes(1, MAX_OBJECT_BYTES))
+    allowance_signature: bytes = wire(2, Bytes(SIGNATURE_BYTES, SIGNATURE_BYTES))
+    allowance_issuer: bytes = wire(3, Bytes(PUBLIC_KEY_BYTES, PUBLIC_KEY_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
 class ReadTranscript(Message):
     """First message of a stream, by a session's client: show what you handled and sent on.
 
@@ -949,6 +964,7 @@ MESSAGE_TYPES: tuple[type[Message], ...] = (
     ReadTranscript,
     TranscriptPart,
     TranscriptEnd,
+    RenewAllowance,
 )
 
 RETIRED_TAGS: frozenset[int] = frozenset()

@@ -20,6 +20,7 @@ from swarm.client.adapter_push import AdapterSource
 from swarm.client.bans import FailureKind
 from swarm.client.chain import Chain, ChainObserver, ChainTimeouts
 from swarm.client.hops import SessionRequest
+from swarm.client.purse import AskGrant
 from swarm.client.vouchers import issue_for_ourselves
 from swarm.journal import JournalBudget
 from swarm.ledger import node_books
@@ -383,8 +384,13 @@ class ToySwarm:
         limits: ServiceLimits | None = None,
         on_event: Callable[[float, str], None] | None = None,
         books: bool = True,
+        identities: Sequence[Identity] = (),
+        operators: Collection[bytes] = (),
     ) -> None:
-        """``books``: nodes want vouchers, and the client signs them."""
+        """``books``: nodes want vouchers, and the client signs them.
+
+        ``operators``: whose allowances nodes take.
+        """
         self._books = books
         self.addresses: tuple[str, ...] = ()
         """What all nodes say of themselves."""
@@ -392,15 +398,17 @@ class ToySwarm:
         self.clock = LoopClock()
         self.client = self.network.join(Identity.generate())
         self.nodes = []
-        for first, end in spans:
-            identity = Identity.generate()
+        for index, (first, end) in enumerate(spans):
+            identity = identities[index] if identities else Identity.generate()
             peer = self.network.join(identity)
             engine, counted = ToyEngine(first, end), Counted()
             commits = DirectCommits(node_books.SCHEMA)
             ledger = NodeLedger(
                 identity,
                 LedgerStore(commits),
-                LedgerTerms(REVISION, mflop_per_block_token=7, dtype_class="float32"),
+                LedgerTerms(
+                    REVISION, mflop_per_block_token=7, dtype_class="float32", operators=operators
+                ),
                 self.clock,
             )
             service = NodeService(
@@ -442,8 +450,13 @@ class ToySwarm:
         journal_budget: JournalBudget | None = None,
         adapter: AdapterSource | None = None,
         policy: Policy | None = None,
+        ask_grant: AskGrant | None = None,
     ) -> AsyncIterator[Chain]:
-        """A chain that prefers these nodes, in this order; all by default."""
+        """A chain that prefers these nodes, in this order; all by default.
+
+        ``ask_grant`` gives the session's first allowance and fresh ones.
+        """
+        grant = issue_for_ourselves(self.clock.unix_s()) if self._books else None
         chain = Chain(
             self.client,
             planner or ToyPlanner(self, indices),
@@ -461,7 +474,8 @@ class ToySwarm:
             clock=self.clock,
             observer=observer,
             timeouts=timeouts,
-            grant=issue_for_ourselves(self.clock.unix_s()) if self._books else None,
+            grant=await ask_grant() if ask_grant is not None else grant,
+            renew=ask_grant,
         )
         running = asyncio.create_task(chain.run())
         try:
