@@ -38,7 +38,7 @@ class RunningService(Protocol):
     """The part of a service that is asked when metrics are read."""
 
     @property
-    def streams(self) -> int: ...
+    def session_streams(self) -> int: ...
 
     @property
     def journals(self) -> JournalBudget: ...
@@ -72,8 +72,10 @@ class NodeMetrics:
         self._sessions_open = Gauge(
             "swarm_node_sessions_open", "Sessions open now.", registry=registry
         )
-        self._streams_open = Gauge(
-            "swarm_node_streams_open", "Streams of peers being answered now.", registry=registry
+        self._session_streams = Gauge(
+            "swarm_node_session_streams",
+            "Streams of peers on which a session, or something for one, runs.",
+            registry=registry,
         )
         self._journal_bytes = Gauge(
             "swarm_node_journal_bytes", "Kept of what sessions have sent on.", registry=registry
@@ -185,7 +187,7 @@ class NodeMetrics:
 
     def watch_service(self, service: RunningService) -> None:
         """Read what is open, and what is kept for it, whenever the metrics are read."""
-        self._streams_open.set_function(lambda: service.streams)
+        self._session_streams.set_function(lambda: service.session_streams)
         self._journal_bytes.set_function(lambda: service.journals.used_bytes)
 
     def watch_tasks(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -175,6 +175,7 @@ class NodeService:
         self._sessions_of: Counter[PeerId] = Counter()
         self._streams_of: Counter[PeerId] = Counter()
         self._connections: set[Connection] = set()
+        self._session_streams = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._no_sessions = asyncio.Event()
@@ -196,6 +197,11 @@ class NodeService:
     def streams(self) -> int:
         """Streams being served now."""
         return len(self._connections)
+
+    @property
+    def session_streams(self) -> int:
+        """Those of them on which a session, or something for one, runs; others ask and ping."""
+        return self._session_streams
 
     async def start(self) -> None:
         """Begin to answer peers."""
@@ -298,6 +304,13 @@ class NodeService:
         while isinstance(first, AskLoad):
             await connection.send(self._report_load(first))
             first = await self._receive(connection)
+        self._session_streams += 1
+        try:
+            await self._converse_for_session(connection, first)
+        finally:
+            self._session_streams -= 1
+
+    async def _converse_for_session(self, connection: Connection, first: Message) -> None:
         match first:
             case OpenSession():
                 await self._serve_client(connection, first)

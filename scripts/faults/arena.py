@@ -25,13 +25,16 @@ START_DEADLINE_S = 240.0
 REST_METRICS = (
     "sessions_open",
     "cache_tokens_used",
-    "streams_open",
+    "session_streams",
     "queued_steps",
     "journal_bytes",
 )
 """Of a node; 0 while no session is open."""
 TASKS = "swarm_node_tasks"
 REST_LOOKS = 30
+OWN_TASKS = 28
+"""So many more than before it met others does a node have for those that it watches, and that watch
+it: three each at rest, more when some of them are gone."""
 
 
 class Fighter:
@@ -259,7 +262,7 @@ class Arena:
         ]
         tasks = metric_sum(text, TASKS)
         at_rest = max(self._least_tasks.values(), default=tasks)
-        if tasks > at_rest:  # more for a moment when it announces, looks around or pings
+        if tasks > at_rest + OWN_TASKS:
             left.append(f"{tasks:.0f} tasks, {at_rest:.0f} at rest")
         return ", ".join(left)
 

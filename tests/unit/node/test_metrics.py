@@ -50,7 +50,7 @@ def samples(text: str) -> dict[str, float]:
 
 class BusyService:
     def __init__(self) -> None:
-        self.streams = 2
+        self.session_streams = 2
         self.journals = JournalBudget()
         self.journals.take(48)
 
@@ -66,7 +66,7 @@ async def test_what_is_open_and_what_runs_is_read_with_the_metrics() -> None:
         # Metrics are read in the thread of their server.
         found = samples(await asyncio.to_thread(metrics.text))
         ended.set()
-    assert found["swarm_node_streams_open"] == 2
+    assert found["swarm_node_session_streams"] == 2
     assert found["swarm_node_journal_bytes"] == 48
     assert found["swarm_node_tasks"] == 4  # with this one
     assert samples(metrics.text())["swarm_node_tasks"] == 1
