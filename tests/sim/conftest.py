@@ -503,7 +503,13 @@ class ToySwarm:
         for node in self.nodes:
             if self.network.peer(node.peer.peer_id) is None:
                 continue
-            while node.service.sessions or node.engine.free_tokens < node.engine.total_tokens:
+            service, engine = node.service, node.engine
+            while (
+                service.sessions
+                or service.session_streams
+                or service.journals.used_bytes
+                or engine.free_tokens < engine.total_tokens
+            ):
                 await asyncio.sleep(1)
                 if self.clock.monotonic_s() > 24 * 3600:
                     raise AssertionError("a session is never freed")
