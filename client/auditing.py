@@ -123,7 +123,7 @@ class Auditor:
         challenge: ChallengeTerms | None = None,
     ) -> None:
         """``challenge``: a validator's, who may have own weights as a reference. It is asked in
-        ``reference_share`` of the audits, and whenever two others disagree."""
+        ``reference_share`` of the audits, and where others disagree or there is no other."""
         self.reputations = reputations or Reputations()
         self._transport = transport
         self._clock = clock
@@ -249,6 +249,7 @@ class Auditor:
         if self._reference is not None and self._dice.random() < self.reference_share:
             second = await self._trusted(chain, hop, given)
         second = second or await self._opinion(chain, hop, given, excluded=())
+        second = second or await self._trusted(chain, hop, given)
         if second is None:
             return []
         comparison = measured.against(second.states)

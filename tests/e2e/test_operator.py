@@ -1,4 +1,5 @@
-"""A real swarm with an operator: an answer is paid for, proven and verified; without it, served."""
+"""A real swarm with an operator: answers are paid for, proven and verified, nodes are challenged;
+without it they are served."""
 
 from __future__ import annotations
 
@@ -129,3 +130,30 @@ def test_answers_are_paid_for_when_there_is_an_operator(smollm2_path: Path, tmp_
             verified = swarm("operator", "verify", "--operator", url, "--log-key", log_key)
             assert "events add up" in verified
             assert "2 nodes were paid" in verified
+            peers = {node.peer_id for node in nodes.nodes}
+            assert validated(books, url, smollm2_path, nodes.peers[0], operator_key) == peers
+            for peer in peers:
+                assert read(f"{url}/v1/nodes/{peer}")["clean_audits"] == 1
+
+
+def validated(books: Path, url: str, model: Path, seed: str, operator_key: str) -> set[str]:
+    """One challenge by an organisation with own weights; whom the operator took verdicts about."""
+    folder = books.parent
+    public = swarm("operator", "key", folder / "lab.key").split()[0]
+    swarm("operator", "organisation", books, "Lab", public, "--validator", "--operator", url)
+    at = ("--operator", url, "--operator-key", operator_key, "--key", folder / "lab.key")
+    (folder / "letters.txt").write_text(
+        "My aunt kept bees behind the railway station. In March she painted all hives yellow."
+    )
+    said = swarm(
+        "validator", "run", model, "--peers", seed, *at, "--prompts", folder / "letters.txt",
+        "--state", folder / "lab.state", "--weights", "--once", "--json",
+    )  # fmt: skip
+    events = [json.loads(line) for line in said.splitlines()]
+    assert [event["event"] for event in events] == ["ready", "challenge", "posted", "posted"]
+    assert events[0]["organisation"] == "Lab"
+    # There is one node for each half, so nobody but us could compute it again.
+    assert all(each["by_own_weights"] for each in events[1]["findings"])
+    shown = json.loads(swarm("validator", "show", "--state", folder / "lab.state", "--json"))
+    assert {each["node"] for each in shown["nodes"]} == {each["node"] for each in events[2:]}
+    return {event["node"] for event in events[2:] if event["outcome"] == "passed"}
