@@ -138,6 +138,7 @@ class SwarmClient:
         *,
         observer: ChainObserver | None = None,
         challenge: ChallengeTerms | None = None,
+        grants: OperatorGrants | None = None,
     ) -> SwarmClient:
         """Join the swarm through the settings' peers. Raises NetworkError when none answers."""
         # hivemind takes seconds to import: here, and not when a program only asks for --help.
@@ -173,8 +174,7 @@ class SwarmClient:
             if settings.owner_key_path is not None:
                 owner = Identity.load(settings.owner_key_path)
             clock = CorrectedClock(LoopClock(), offsets)
-            grants = None
-            if settings.operator_url and settings.operator_key:
+            if grants is None and settings.operator_url and settings.operator_key:
                 # aiohttp takes a moment to import: only where there is an operator
                 from swarm.client.grants import grants_by
 

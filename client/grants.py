@@ -40,6 +40,8 @@ PAUSE_S = 60.0
 REFUSED_PAUSE_S = 5.0
 """The same for an account that has to pay: it may be filled up at any time."""
 LIFETIME_S = 3600
+LEAST_S = 900
+"""What must be left of a grant that was drawn ahead: a session lasts at most half an hour."""
 REFUSALS = (ErrorCode.OVER_LIMIT, ErrorCode.FOREIGN_OBJECT)
 """By which an operator says no to an account, not to what was asked."""
 
@@ -73,17 +75,30 @@ class OperatorGrants:
         self._clock = clock
         self._asks_again_s = -float("inf")
         self._refusal: AllowanceRefused | None = None
+        self._ahead: Grant | None = None
 
     def of_account(self, account: Identity, budget: str) -> OperatorGrants:
         """Of the same operator, for sessions that another account has to pay for."""
         terms = replace(self._terms, account=account, budget=budget, validates=False, must_pay=True)
         return OperatorGrants(terms, self._operator, self._clock)
 
+    async def draw_ahead(self) -> None:
+        """Get the next session's grant now: the public log has the second at which an account
+        reserved something, and whoever reads it shall not find a session that begins then."""
+        if self._ahead is None:
+            self._ahead = await self._ask()
+
     async def take(self) -> Grant | None:
         """A fresh grant with a key of its own, or None when the operator gives none now.
 
         Raises AllowanceRefused if the account has to pay and the operator says that it cannot.
         """
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.allowance.expires_unix_s > self._clock.unix_s() + LEAST_S:
+            return ahead
+        return await self._ask()
+
+    async def _ask(self) -> Grant | None:
         if self._clock.monotonic_s() < self._asks_again_s:
             if self._refusal is not None:
                 raise AllowanceRefused(is_used_up=self._refusal.is_used_up)

@@ -17,6 +17,7 @@ from swarm.client.app import SwarmClient
 from swarm.client.challenge_terms import ChallengeTerms, Reference
 from swarm.client.config import ClientSettings
 from swarm.client.generate import LocalModel
+from swarm.client.grants import grants_by
 from swarm.client.validator.delivery import Posted
 from swarm.client.validator.process import (
     Challenged,
@@ -83,8 +84,10 @@ async def run_validator(
         model = await asyncio.to_thread(LocalModel.load, str(path), dtype=client_settings.dtype)
         stack.callback(model.close)
 
+        grants = await grants_by(client_settings, stack, clock)
+
         async def connect(terms: ChallengeTerms) -> SwarmClient:
-            return await SwarmClient.connect(client_settings, challenge=terms)
+            return await SwarmClient.connect(client_settings, challenge=terms, grants=grants)
 
         validator = Validator(
             settings,
@@ -97,6 +100,7 @@ async def run_validator(
             # Nobody may foresee when we come: the seed is a secret of this process.
             dice=random.Random(secrets.randbits(128)),  # noqa: S311
             organisation=organisation,
+            grants=grants,
             reference=own_weights(model.checkpoint) if has_weights else None,
             posted=listener.posted,
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from swarm.client.auditing import Finding
 from swarm.client.challenge_terms import Reference
 from swarm.client.generate import LocalModel
+from swarm.client.grants import OperatorGrants
 from swarm.client.validator.challenges import LENGTHS, Challenge, Connect, Lengths, Served, Shape
 from swarm.client.validator.delivery import Delivery, Posted
 from swarm.client.validator.docket import Docket, Target
@@ -99,9 +100,12 @@ class Validator:
         clock: Clock,
         dice: random.Random,
         organisation: str,
+        grants: OperatorGrants | None = None,
         reference: Reference | None = None,
         posted: Callable[[Posted], None] = lambda _: None,
     ) -> None:
+        """``grants``: what pays for the sessions of all that ``connect`` gives; it is drawn ahead
+        of them."""
         self.delivery = Delivery(state, operator, clock, self._posted)
         self._tell = posted
         self._settings = settings
@@ -112,6 +116,7 @@ class Validator:
         self._operator = operator
         self._clock = clock
         self._dice = dice
+        self._grants = grants
         self._reference = reference
         self._standings = Standings(operator, organisation, state, clock)
         self._docket = Docket(state.known)
@@ -221,7 +226,12 @@ class Validator:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.delivery.run())
             while True:
-                await self._clock.sleep(self._wait_s())
+                wait_s = self._wait_s()
+                ahead_s = self._dice.uniform(0, wait_s)
+                await self._clock.sleep(wait_s - ahead_s)
+                if self._grants is not None:
+                    await self._grants.draw_ahead()
+                await self._clock.sleep(ahead_s)
                 try:
                     challenged(await self.challenge())
                 except (NetworkError, NoRouteError, RemoteError, ProtocolError) as error:

@@ -23,6 +23,7 @@ from swarm.protocol.ledger_objects import (
     AUDIT,
     FUNDED,
     LOCAL,
+    MAX_ALLOWANCE_S,
     MAX_CLOCK_SKEW_S,
     MEMBER,
     SERIAL_BYTES,
@@ -34,6 +35,7 @@ from swarm.protocol.operator_objects import AllowanceRequest
 from swarm.protocol.prices import CURRENT_EPOCH
 
 DAY_S = 24 * 3600
+VALIDITY_STEP_S = 600
 WIDE_NETWORKS = 16
 """So many times more than a network gets the one around it."""
 
@@ -76,13 +78,14 @@ def issue(
             if request.allowance_class in SUBSIDISED
             else b""
         )
+        begins, ends = _validity(now, request.lifetime_s)
         allowance = Allowance(
             serial=serial,
             voucher_key=request.voucher_key,
             maximum_units=request.maximum_units,
             per_node_units=request.maximum_units // policy.nodes_per_allowance,
-            not_before_unix_s=now,
-            expires_unix_s=now + request.lifetime_s,
+            not_before_unix_s=begins,
+            expires_unix_s=ends,
             # A node must not know a challenge by what pays for it.
             allowance_class=FUNDED if request.allowance_class == AUDIT else request.allowance_class,
             price_epoch=CURRENT_EPOCH,
@@ -118,6 +121,14 @@ def issue(
             Event("allowance", _hidden(journal, "allowance", serial), now, postings, detail)
         )
     return envelope
+
+
+def _validity(now: int, lifetime_s: int) -> tuple[int, int]:
+    """From when to when, in round numbers: nodes see them, and the log has the second at which each
+    account reserved something. The exact one would name the account."""
+    begins = now - now % VALIDITY_STEP_S
+    ends = -(-(now + lifetime_s) // VALIDITY_STEP_S) * VALIDITY_STEP_S
+    return begins, min(ends, begins + MAX_ALLOWANCE_S)
 
 
 def release_expired(journal: Journal, policy: Policy, now: int, limit: int = 1000) -> int:

@@ -225,6 +225,11 @@ class Organisation:
         self._reference = own_weights(model.checkpoint) if has_weights else None
         self.only_rechecks = only_rechecks
         self._identity = party(name)
+        self.grants = OperatorGrants(
+            GrantTerms("", public("operator"), CREDIT, self._identity, "", True),
+            operator,
+            swarm.clock,
+        )
 
     @asynccontextmanager
     async def running(self, seed: int) -> AsyncIterator[Validator]:
@@ -240,6 +245,7 @@ class Organisation:
                 clock=self._swarm.clock,
                 dice=random.Random(seed),
                 organisation=await organisation_of(self._operator, self._identity, state),
+                grants=self.grants,
                 reference=self._reference,
                 posted=self.posted.append,
             )
@@ -256,16 +262,11 @@ class Organisation:
         """As ``SwarmClient.connect`` does over libp2p."""
         identity = Identity.generate()
         self.clients.append(identity.peer_id)
-        grants = OperatorGrants(
-            GrantTerms("", public("operator"), CREDIT, self._identity, "", True),
-            self._operator,
-            self._swarm.clock,
-        )
         return SwarmClient(
             self._swarm.network.join(identity),
             clock=self._swarm.clock,
             challenge=terms,
-            grants=grants,
+            grants=self.grants,
         )
 
     def findings_of(self, node: Identity) -> list[str]:

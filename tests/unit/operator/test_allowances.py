@@ -9,7 +9,15 @@ import pytest
 
 from swarm.operator.networks import networks_of
 from swarm.protocol.errors import ErrorCode, ProtocolError
-from swarm.protocol.ledger_objects import ANONYMOUS, AUDIT, FUNDED, LOCAL, MEMBER, sign
+from swarm.protocol.ledger_objects import (
+    ANONYMOUS,
+    AUDIT,
+    FUNDED,
+    LOCAL,
+    MAX_ALLOWANCE_S,
+    MEMBER,
+    sign,
+)
 from swarm.protocol.operator_objects import AllowanceRequest
 from tests.unit.operator.parties import NETWORKS, World, key, peer
 
@@ -78,6 +86,26 @@ def test_classes_and_who_may_have_them() -> None:
     ordinary = w.request("alice")
     shown = challenge.allowance
     assert shown == replace(ordinary.allowance, serial=shown.serial, voucher_key=shown.voucher_key)
+
+
+def test_the_times_of_an_allowance_do_not_tell_when_it_was_drawn() -> None:
+    w = funded()
+    w.mint("audit", CREDIT)
+    w.organisation("uni", may_validate=True)
+    w.now += 137
+    ordinary = w.request("alice").allowance
+    w.now += 300
+    challenge = w.request("uni", allowance_class=AUDIT).allowance
+    times = {(each.not_before_unix_s, each.expires_unix_s) for each in (ordinary, challenge)}
+    ((begins, ends),) = times
+    assert begins % 600 == ends % 600 == 0
+    assert begins <= w.now - 300
+    assert ends >= w.now + 3600
+    # and no more than nodes accept, nor less than was asked for where they do
+    longest = w.request("alice", lifetime_s=MAX_ALLOWANCE_S).allowance
+    assert longest.expires_unix_s - longest.not_before_unix_s == MAX_ALLOWANCE_S
+    shortest = w.request("alice", lifetime_s=1).allowance
+    assert shortest.not_before_unix_s <= w.now < shortest.expires_unix_s
 
 
 def test_anonymous_networks_have_a_bucket_that_fills_in_a_day() -> None:
