@@ -105,23 +105,27 @@ class ValidatorState:
 
     async def keep(self, nodes: dict[PeerId, Known], verdicts: Iterable[KeptVerdict]) -> None:
         """What one challenge has changed, together. A segment has one verdict, the first."""
-        news = list(verdicts)
+        signed = list(verdicts)
+        news: dict[str, KeptVerdict] = {}
 
         def write(database: sqlite3.Connection) -> None:
+            news.clear()
             for node, known in nodes.items():
                 database.execute(
                     "INSERT OR REPLACE INTO known VALUES (?, ?)", (node, known.to_json())
                 )
-            for each in news:
+            for each in signed:
                 row = (each.segment, each.node, each.outcome, each.sealed.to_json(), each.unix_s)
-                database.execute(
+                inserted = database.execute(
                     "INSERT OR IGNORE INTO verdict (segment, node, outcome, envelope, unix_s)"
                     " VALUES (?, ?, ?, ?, ?)",
                     row,
                 )
+                if inserted.rowcount:
+                    news[each.segment] = each
 
         await self._commits.write(write)
-        self._waiting |= {each.segment: each for each in news}
+        self._waiting |= news
 
     async def answered(self, segment: str, answer: str) -> None:
         """The operator has taken a verdict, or has refused it for good."""

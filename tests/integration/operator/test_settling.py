@@ -203,6 +203,36 @@ async def test_what_is_refused_for_good_is_not_presented_again(
     assert MODEL != "77" * 32
 
 
+async def test_a_grant_that_was_drawn_ahead_is_used_once_and_while_it_lasts(
+    desk: Desk, clock: StandingClock
+) -> None:
+    terms = GrantTerms("", public("operator"), 10**6, identity("alice"))
+    async with (
+        serve(desk.application(), "127.0.0.1", 0) as url,  # type: ignore[arg-type]
+        OperatorClient(url) as operator,
+    ):
+        grants = OperatorGrants(terms, operator, clock)
+        reserved = desk.world.books.journal.balance("holds")
+        await grants.draw_ahead()
+        await grants.draw_ahead()  # one is enough
+        assert desk.world.books.journal.balance("holds") == reserved + 10**6
+        first, second = await grants.take(), await grants.take()
+        assert first is not None
+        assert second is not None
+        assert first.allowance.serial != second.allowance.serial
+        assert desk.world.books.journal.balance("holds") == reserved + 2 * 10**6
+        await grants.draw_ahead()
+        clock.now += 3600  # too old for a session
+        fresh = await grants.take()
+        assert fresh is not None
+        assert fresh.allowance.expires_unix_s > clock.now + 3000
+        await grants.draw_ahead()
+    async with OperatorClient(url) as away:
+        grants._operator = away
+        assert await grants.take() is not None  # nobody had to be asked
+        assert await grants.take() is None
+
+
 async def test_a_client_asks_for_an_allowance_and_goes_on_without(
     desk: Desk, clock: StandingClock
 ) -> None:
