@@ -41,7 +41,7 @@ REFUSED_PAUSE_S = 5.0
 """The same for an account that has to pay: it may be filled up at any time."""
 LIFETIME_S = 3600
 LEAST_S = 900
-"""What must be left of a grant that was drawn ahead: a session lasts at most half an hour."""
+"""What must be left of a grant that was drawn ahead: more than a validator's challenge takes."""
 REFUSALS = (ErrorCode.OVER_LIMIT, ErrorCode.FOREIGN_OBJECT)
 """By which an operator says no to an account, not to what was asked."""
 
