@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
@@ -356,11 +357,6 @@ class SwarmClient:
         )
         router = await self._router(needs, model_name)
 
-        async def renew() -> Grant | None:
-            fresh = await self._grant(grants)
-            router.pays_with(bytes.fromhex(fresh.allowance.route_seed) if fresh else b"")
-            return fresh
-
         chain = Chain(
             self._network,
             router,
@@ -371,7 +367,8 @@ class SwarmClient:
             timeouts=self._timeouts_for(request),
             journal_budget=self._journals,
             grant=grant,
-            renew=renew,
+            renew=partial(self._grant, grants),
+            on_renewal=lambda fresh: router.pays_with(bytes.fromhex(fresh.allowance.route_seed)),
             sketcher=self._sketcher(request.hidden_size) if self._keeps_sketches else None,
             on_finished=self._audit if self._audits else None,
         )

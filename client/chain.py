@@ -123,11 +123,12 @@ class Chain:
         journal_budget: JournalBudget | None = None,
         grant: Grant | None = None,
         renew: AskGrant | None = None,
+        on_renewal: Callable[[Grant], None] | None = None,
         sketcher: Sketcher | None = None,
         on_finished: Callable[[Chain], Awaitable[object]] | None = None,
     ) -> None:
         """``grant``: what vouchers for the hops draw on; None: there are none. ``renew`` gets
-        another one before it is used up.
+        another one before it is used up, ``on_renewal`` hears when that comes into force.
 
         ``sketcher`` makes the session fit for audits. ``on_finished`` is called before the hops
         free the session; nobody who closes the chain waits for it.
@@ -153,7 +154,7 @@ class Chain:
             on_open=self._start_reading,
             on_loss=self._lost,
             work_since=self._steps.work_since,
-            purse=Purse(grant, renew, clock),
+            purse=Purse(grant, renew, clock, on_renewal),
         )
         self._session = self._steps.session
         self._healer = Healer(

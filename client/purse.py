@@ -35,9 +35,19 @@ AskGrant = Callable[[], Awaitable[Grant | None]]
 class Purse:
     """The allowances of one session, one after the other."""
 
-    def __init__(self, grant: Grant | None, ask: AskGrant | None, clock: Clock) -> None:
-        """``ask`` gets a fresh grant; without it the session has the one alone."""
+    def __init__(
+        self,
+        grant: Grant | None,
+        ask: AskGrant | None,
+        clock: Clock,
+        on_change: Callable[[Grant], None] | None = None,
+    ) -> None:
+        """``ask`` gets a fresh grant; without it the session has the one alone.
+
+        ``on_change`` hears of each one that is drawn on from now on.
+        """
         self.grant = grant
+        self._on_change = on_change
         self.accounts: list[HopAccount] = []
         """Of all hops that the session ever had, one for each allowance that they took."""
         self._ask = ask
@@ -87,6 +97,8 @@ class Purse:
             self._refusal = None
             fresh = await self._ask()
         self.grant, self._is_refused = fresh, False
+        if fresh is not None and self._on_change is not None:
+            self._on_change(fresh)
         log.info("the session goes on with a fresh allowance")
         return fresh
 

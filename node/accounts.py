@@ -50,6 +50,8 @@ from swarm.protocol.policy import policy_digest
 
 log = logging.getLogger(__name__)
 
+MOST_RENEWALS = 1024
+"""Of one session; each is a line in the books."""
 OWNER_PRIORITY, FUNDED_PRIORITY, MEMBER_PRIORITY, LOWEST_PRIORITY = range(4)
 _CLASS_PRIORITY = {
     FUNDED: FUNDED_PRIORITY,
@@ -218,6 +220,7 @@ class SessionAccount:
         self._channel: VoucherChannel | None = None
         self._covered_before = Work()
         """By the allowances before this one."""
+        self._renewals = 0
         self._begun = ""
         """Serial of the allowance that was noted last."""
         self._answered: PendingReceipt | None = None
@@ -248,6 +251,9 @@ class SessionAccount:
             raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "no allowance to be renewed")
         if standing.allowance.serial == before.serial:
             raise ProtocolError(ErrorCode.FOREIGN_OBJECT, "the same allowance")
+        if self._renewals >= MOST_RENEWALS:
+            raise ProtocolError(ErrorCode.OVER_LIMIT, "too many allowances in one session")
+        self._renewals += 1
         last, self._answered = self._answered, None
         self._covered_before = self._covered
         self._channel = VoucherChannel(standing.allowance, self._channel_terms)

@@ -18,9 +18,11 @@ from swarm.ledger import transcript
 from swarm.ledger.channel import Equivocation, Signed
 from swarm.ledger.exposure import WINDOW, uncovered
 from swarm.ledger.node_books import LedgerReader
+from swarm.node import accounts
+from swarm.node.accounts import FUNDED_PRIORITY, Standing
 from swarm.protocol import ledger_objects, strict_json
 from swarm.protocol.envelope import parse_envelope
-from swarm.protocol.errors import ErrorCode, RemoteError
+from swarm.protocol.errors import ErrorCode, ProtocolError, RemoteError
 from swarm.protocol.identity import Identity
 from swarm.protocol.ledger_objects import Receipt, Voucher, Work, sign, verified
 from swarm.protocol.messages import (
@@ -28,6 +30,7 @@ from swarm.protocol.messages import (
     JournalChunk,
     OpenSession,
     ReadTranscript,
+    RenewAllowance,
     RouteReady,
     SessionClosed,
     SessionOpened,
@@ -161,6 +164,12 @@ class Dishonest:
 
     def sign(self, **changes: Any) -> Signed:
         return Signed.of(sign(replace(self.voucher, **changes), self.grant.key))
+
+    async def refused_renewal(self, signed: Signed) -> ErrorCode:
+        await self.connection.send(renewal(signed))
+        with pytest.raises(RemoteError) as refused:
+            await self.connection.receive_only(SignedReceipt)
+        return refused.value.code
 
     async def refused(self, signed: Signed) -> ErrorCode:
         with pytest.raises(RemoteError) as refused:
@@ -354,6 +363,52 @@ def test_bad_allowances(
                 await connection.receive_only(SessionOpened)
         assert refused.value.code is code
         await swarm.assert_nothing_left()
+
+    virtual_time.run(run())
+
+
+def renewal(signed: Signed) -> RenewAllowance:
+    return RenewAllowance(signed.payload, signed.signature, signed.public_key)
+
+
+def test_renewals(
+    toy_swarm: type[ToySwarm], make_tensor: MakeTensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bad ones change nothing; after a good one vouchers count from zero, and both add up."""
+    monkeypatch.setattr(accounts, "MOST_RENEWALS", 1)
+
+    async def run() -> None:
+        async with dishonest(toy_swarm([(0, 4)]), make_tensor) as client:
+            now_s = client.swarm.clock.unix_s()
+            fresh, third = issue_for_ourselves(now_s), issue_for_ourselves(now_s)
+            stranger = replace(fresh.signed, public_key=STRANGER.public_key_bytes)
+            funded = replace(fresh.allowance, allowance_class="funded")
+            for _ in range(10):
+                await client.step()
+            await client.send(client.sign(decode_tokens=10))
+            for signed, code in (
+                (client.grant.signed, ErrorCode.FOREIGN_OBJECT),
+                (stranger, ErrorCode.BAD_SIGNATURE),
+                (Signed.of(sign(funded, fresh.key)), ErrorCode.FOREIGN_OBJECT),
+            ):
+                assert await client.refused_renewal(signed) is code
+            await client.connection.send(renewal(fresh.signed))
+            assert await client.refused(client.sign(sequence=9)) is ErrorCode.BAD_SIGNATURE
+            assert await client.refused_renewal(third.signed) is ErrorCode.OVER_LIMIT
+            voucher = replace(client.voucher, serial=fresh.allowance.serial, sequence=1)
+            for step in range(11, 60):
+                done = replace(voucher, sequence=step, decode_tokens=step - 10)
+                await client.send(Signed.of(sign(done, fresh.key)))
+                await client.step()
+        books = books_of(client.swarm.nodes[0].books)
+        assert sorted(each.decode_tokens for each in books) == [10, 49]
+        assert len({each.serial for each in books}) == 2
+        ledger = client.swarm.nodes[0].service._ledger
+        assert ledger is not None
+        paid = Standing("payer", FUNDED_PRIORITY)
+        with pytest.raises(ProtocolError) as lower:
+            ledger.renewed(renewal(third.signed), client.swarm.client.peer_id, paid)
+        assert lower.value.code is ErrorCode.OVER_LIMIT
 
     virtual_time.run(run())
 
