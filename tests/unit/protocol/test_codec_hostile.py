@@ -83,6 +83,7 @@ SAMPLES: list[Message] = [
     messages.ReadTranscript(bytes(16), 5),
     messages.TranscriptPart((bytes(88),)),
     messages.TranscriptEnd(bytes(32)),
+    messages.RenewAllowance(b"{}", bytes(64), bytes(32)),
 ]
 TAGS = [sample.TAG for sample in SAMPLES]
 HOSTILE = settings(max_examples=2000, deadline=None, derandomize=True, database=None)
