@@ -30,6 +30,7 @@ from swarm.client.validator.process import (
     organisation_of,
 )
 from swarm.client.validator.prompts import PrivateTexts
+from swarm.client.validator.standings import Standings
 from swarm.client.validator.state import ValidatorState, summaries
 from swarm.ledger.operator_client import OperatorClient, Quarantined
 from swarm.membership import read_nodes
@@ -50,6 +51,7 @@ from swarm.protocol.ledger_objects import (
     FUNDED,
     LOCAL,
     Allowance,
+    Revocation,
     Settlement,
     Voucher,
     parse,
@@ -381,11 +383,11 @@ async def test_a_cheat_is_quarantined_by_one_and_revoked_by_two_and_honest_nodes
     first = next(n for n, made in enumerate(lab.made) if suspects(made, desk.evil))
     assert lab.made[first + 1].target.node == desk.evil.peer_id
     assert lab.made[first + 1].target.case is Case.SUSPECT
-    (again,) = [
-        each for each in lab.made[first + 1].judged if each.finding.peer_id == desk.evil.peer_id
-    ]
-    assert again.finding.evidence is not None
-    assert again.finding.evidence.is_by_reference
+    for made in lab.made:
+        for each in made.judged:
+            assert each.finding.evidence is not None
+            if made.target.case is not None:
+                assert each.finding.evidence.is_by_reference
     # Honest nodes have clean audits, and none was accused; nobody judged its own.
     for number in range(1, 6):
         node = evil_swarm.identity(number)
@@ -431,6 +433,39 @@ def assert_nothing_tells(swarm: TinySwarm, *organisations: Organisation) -> None
                 assert public(name).hex().encode() not in payload
     assert classes <= {FUNDED, LOCAL}
     assert FUNDED in classes
+
+
+async def test_whom_an_organisation_may_judge(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    swarm = TinySwarm((None, None), checkpoint)
+    desk = Desk(tmp_path / "books", swarm)
+    state = ValidatorState.open(tmp_path / "state")
+    stranger = Identity.generate().peer_id
+    async with desk.open() as url, OperatorClient(url) as operator:
+        own = Standings(operator, "lab", state, swarm.clock)
+        others = Standings(operator, "telco", state, swarm.clock)
+        assert not await own.may_be_judged(desk.own.peer_id)
+        assert own.own == {desk.own.peer_id}
+        assert await others.may_be_judged(desk.own.peer_id)
+        assert await own.may_be_judged(desk.evil.peer_id)
+        assert not await own.may_be_judged(stranger)  # its verdicts would be refused
+        key = desk.evil.public_key_bytes.hex()
+        gone = sign(Revocation(key, "retired", 0, desk.world.now), desk.evil.private_key)
+        desk.books.revoke(gone, desk.world.now)
+        assert await own.may_be_judged(desk.evil.peer_id)  # as it was said a moment ago
+        own.forget(desk.evil.peer_id)
+        assert not await own.may_be_judged(desk.evil.peer_id)
+    await state.close()
+    again = ValidatorState.open(tmp_path / "state")
+    async with OperatorClient(url) as operator:  # it is away now
+        own = Standings(operator, "lab", again, swarm.clock)
+        assert not await own.may_be_judged(desk.own.peer_id)
+        assert not await own.may_be_judged(desk.evil.peer_id)
+        assert not await own.may_be_judged(evil_swarm.identity(3).peer_id)  # never spoken of
+        assert await Standings(operator, "telco", again, swarm.clock).may_be_judged(
+            desk.own.peer_id
+        )
+    await again.close()
+    desk.close()
 
 
 async def test_a_key_that_the_operator_does_not_list_is_told_so(
