@@ -128,6 +128,7 @@ def run_matrix(plan: MatrixPlan, console: Console) -> bool:
                         outcomes.append(outcome)
                         print_outcome(console, outcome)
                         limits.append(line)
+                        save()
             if plan.last_replica:
                 for stage in plan.stages:
                     seen = await lose_all_replicas(arena, watched, plain, stage)
