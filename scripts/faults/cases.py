@@ -22,6 +22,8 @@ from swarm.protocol.identity import PeerId
 CASE_TIMEOUT_S = 60.0
 LEAK_TIMEOUT_S = 45.0
 """A node gives a stream up when it was silent for 30 s."""
+BEGIN_TIMEOUT_S = 30.0
+"""For a new session after the client's network came back."""
 COMPUTE_SECONDS = "swarm_node_step_compute_seconds_sum"
 
 
@@ -125,8 +127,11 @@ class CaseRunner:
         outcome.load_average = os.getloadavg()[0]
         if strike.struck_s is None:
             outcome.problems.append("the moment did not come")
-        if session is not None and _could_not_begin(case, session):
-            # A new session fails soon; its user asks again when the network is back.
+        until_s = time.monotonic() + BEGIN_TIMEOUT_S
+        while session is not None and _could_not_begin(case, session):
+            # A new session fails soon; its user asks again until the network is back.
+            if time.monotonic() > until_s:
+                break
             session = await self._watched.run(task)
         if session is not None:
             outcome.problems += _problems_of(session)

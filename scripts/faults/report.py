@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from scripts.faults.cases import Outcome
 
 LEVEL_TOLERANCE = 0.03
+WEIGHINGS = 10
+"""Of a node that are looked at together."""
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
@@ -27,12 +29,15 @@ def levels_off_after_s(points: Sequence[tuple[float, int]]) -> float | None:
 
     ``points`` are ages in seconds and bytes. None when the last quarter itself does not.
     """
-    last = points[len(points) * 3 // 4 :]
+    # Single weighings find memory that is given back a moment later.
+    parts = [points[first : first + WEIGHINGS] for first in range(0, len(points), WEIGHINGS)]
+    smooth = [(part[0][0], statistics.median(size for _, size in part)) for part in parts]
+    last = smooth[len(smooth) * 3 // 4 :]
     if not last:
         return None
     level = statistics.fmean(size for _, size in last)
     after_s = None
-    for age_s, size in reversed(points):
+    for age_s, size in reversed(smooth):
         if abs(size - level) > LEVEL_TOLERANCE * level:
             break
         after_s = age_s

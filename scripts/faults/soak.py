@@ -42,9 +42,10 @@ NEW_TOKENS = 48
 LENGTH_OF_FAULT_S = (4.0, 15.0)
 """How long a node stays as it is before it is mended, at least and at most."""
 MEMORY_PERIOD_S = 5.0
-SETTLED_AFTER_S = 300.0
-"""A node's memory counts from this age on: by then it has computed batches of all shapes."""
-WATCHED_FOR_S = 300.0
+SETTLED_AFTER_S = 1200.0
+"""A node's memory counts from this age on. Until it has computed batches of most numbers of rows
+it grows in small steps, some of them late (docs/decisions/0009)."""
+WATCHED_FOR_S = 480.0
 FLAT_MB_PER_HOUR = 120.0
 MINUTES_APART = 3
 LEAK_TIMEOUT_S = 45.0

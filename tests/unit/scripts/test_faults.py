@@ -120,11 +120,14 @@ def test_two_hops_at_once_and_a_replacement_that_dies_half_filled_are_cases_of_e
 
 
 def test_memory_is_level_from_where_it_stays_near_its_end() -> None:
-    rising = [(60.0 * minute, 200 + 10 * min(minute, 10)) for minute in range(30)]
+    """Ten weighings a minute, ten minutes of growth; a moment's peak changes nothing."""
+    ages_s = [6.0 * number for number in range(300)]
+    rising = [(age_s, 200 + int(min(age_s, 600) / 6)) for age_s in ages_s]
+    rising[290] = (rising[290][0], 400)
     level_s = levels_off_after_s(rising)
     assert level_s is not None
     assert 9 * 60 <= level_s <= 10 * 60
-    assert levels_off_after_s([(age_s, 200 + int(age_s)) for age_s, _ in rising]) is None
+    assert levels_off_after_s([(age_s, 200 + int(age_s)) for age_s in ages_s]) is None
     assert levels_off_after_s([]) is None
 
 
