@@ -48,6 +48,7 @@ def run_matrix(options: argparse.Namespace, console: Console, hosts: Hosts | Non
         stages=tuple(options.stages),
         replicas=options.replicas,
         pairs=options.pairs,
+        singles=options.singles,
         timing_rounds=options.timing_rounds,
         last_replica=options.last_replica,
         logs=options.logs,
@@ -96,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     matrix.add_argument("--stages", type=_numbers, default=[0, 1, 2], help="hops, from 0")
     matrix.add_argument("--no-pairs", dest="pairs", action="store_false", help="never two at once")
+    matrix.add_argument(
+        "--no-singles", dest="singles", action="store_false", help="always two at once"
+    )
     matrix.add_argument(
         "--timing-rounds", type=int, default=3, help="kills and freezes at 512 tokens of context"
     )

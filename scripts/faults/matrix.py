@@ -50,6 +50,7 @@ class MatrixPlan:
     stages: tuple[int, ...] = (0, 1, 2)
     replicas: int = 3
     pairs: bool = True
+    singles: bool = True
     timing_rounds: int = 3
     last_replica: bool = True
     logs: Path | None = None
@@ -81,7 +82,11 @@ async def timed(
 
 def run_matrix(plan: MatrixPlan, console: Console) -> bool:
     """Start a swarm, run everything, report; whether all went well."""
-    todo = cases(plan.kinds, plan.moments, plan.stages, pairs=plan.pairs)
+    todo = [
+        case
+        for case in cases(plan.kinds, plan.moments, plan.stages, pairs=plan.pairs)
+        if plan.singles or len(case.stages) > 1
+    ]
     background = BackgroundLoop("chaos")
     started: list[CaseRunner] = []
     with console.status("what the model says undisturbed"):
