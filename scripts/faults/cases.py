@@ -19,7 +19,7 @@ from scripts.faults.sessions import Watched
 from swarm.protocol.errors import NetworkError, NoRouteError
 from swarm.protocol.identity import PeerId
 
-CASE_TIMEOUT_S = 60.0
+CASE_TIMEOUT_S = 120.0
 LEAK_TIMEOUT_S = 45.0
 """A node gives a stream up when it was silent for 30 s."""
 BEGIN_TIMEOUT_S = 30.0
