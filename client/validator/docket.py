@@ -94,10 +94,13 @@ class Docket:
     def of(self, node: PeerId) -> Known:
         return self._known.get(node, Known())
 
-    @property
-    def open_cases(self) -> list[PeerId]:
-        """Nodes to be challenged soon, if they can be met."""
-        return sorted(node for node, known in self._known.items() if known.is_open)
+    def open_cases(self, announced: Sequence[PeerId], now_unix_s: float) -> list[PeerId]:
+        """Those of the announced nodes that are to be challenged soon."""
+        return [
+            node
+            for node in announced
+            if self.of(node).is_open and self.of(node).rests_until_unix_s <= now_unix_s
+        ]
 
     @property
     def accused(self) -> list[PeerId]:
@@ -135,7 +138,7 @@ class Docket:
         Cases go first, whichever was challenged longest ago.
         """
         awake = [node for node in announced if self.of(node).rests_until_unix_s <= now_unix_s]
-        cases = [node for node in awake if self.of(node).is_open]
+        cases = self.open_cases(announced, now_unix_s)
         if cases:
             first = min(cases, key=lambda node: (self.of(node).challenged_unix_s, node))
             return Target(first, Case(self.of(first).case))
@@ -174,12 +177,9 @@ class Docket:
         self._note(node, known)
         return outcome
 
-    def is_active_again(self, node: PeerId) -> bool:
-        """The operator uses a node again that we have accused; whether that is news."""
-        if self.of(node).case != Case.ACCUSED.value:
-            return False
+    def decided(self, node: PeerId) -> None:
+        """A node that we have accused is no longer kept out: it was revoked, or cleared."""
         self._known[node] = _closed(self.of(node))
-        return True
 
     def _note(self, node: PeerId, known: Known) -> None:
         self._known[node] = known

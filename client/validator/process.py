@@ -20,7 +20,7 @@ from swarm.client.validator.challenges import LENGTHS, Challenge, Connect, Lengt
 from swarm.client.validator.delivery import Delivery, Posted
 from swarm.client.validator.docket import Docket, Target
 from swarm.client.validator.prompts import PrivateTexts
-from swarm.client.validator.standings import ACTIVE, Standings
+from swarm.client.validator.standings import Standings
 from swarm.client.validator.state import KeptVerdict, ValidatorState
 from swarm.client.validator.verdicts import verdict_of
 from swarm.ledger.operator_client import OperatorClient
@@ -120,6 +120,7 @@ class Validator:
         self._reference = reference
         self._standings = Standings(operator, organisation, state, clock)
         self._docket = Docket(state.known)
+        self._announced: list[PeerId] = []
 
     # --- one challenge
     async def challenge(self) -> Challenged | None:
@@ -150,7 +151,8 @@ class Validator:
 
     async def _target(self, records: list[NodeRecord]) -> Target | None:
         """Whom to look at: drawn until it is one that we may judge."""
-        nodes = [record.peer_id for record in records]
+        self._announced = [record.peer_id for record in records]
+        nodes = list(self._announced)
         for _ in range(DRAWS):
             target = self._docket.next_target(
                 nodes,
@@ -170,13 +172,13 @@ class Validator:
             mine = self._standings.organisation
             wanted = [PeerId(each.node) for each in listed if each.organisation != mine]
             changed = self._docket.rechecks(wanted)
+            untold = {each.node for each in self._state.waiting}
             for node in self._docket.accused:
-                if node not in wanted:
+                # Not listed, although it was told: revoked, or cleared by somebody else.
+                if node not in wanted and node not in untold:
                     self._standings.forget(node)
-                    standing = await self._standings.of(node)
-                    if standing is not None and standing.state == ACTIVE:
-                        self._docket.is_active_again(node)
-                        changed.append(node)
+                    self._docket.decided(node)
+                    changed.append(node)
             await self._keep(changed)
         except (NetworkError, RemoteError, ProtocolError) as error:
             log.info("the operator does not say who is in quarantine: %s", error)
@@ -251,7 +253,8 @@ class Validator:
 
     def _wait_s(self) -> float:
         """To the next challenge: nobody can tell from those before when it comes."""
-        mean_s = self._settings.period_s * (SOON if self._docket.open_cases else 1.0)
+        cases = self._docket.open_cases(self._announced, self._clock.unix_s())
+        mean_s = self._settings.period_s * (SOON if cases else 1.0)
         drawn_s = self._dice.expovariate(1 / mean_s)
         return min(max(SHORTEST_WAIT_S, drawn_s), LONGEST_WAIT * mean_s)
 

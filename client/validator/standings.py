@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 LIFETIME_S = 600.0
 MOST_NODES = 8192
-REVOKED, ACTIVE = "revoked", "active"
+REVOKED = "revoked"
 
 
 class Standings:

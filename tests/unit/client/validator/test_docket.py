@@ -46,23 +46,24 @@ def test_one_failed_segment_makes_a_suspect_and_two_are_enough() -> None:
     docket = Docket()
     assert found(docket, A, Found.FAILED) == ["failed"]
     assert target(docket, A, B, C) == Target(A, Case.SUSPECT)
-    assert docket.open_cases == [A]
+    assert docket.open_cases((A, B, C), NOW) == [A]
     assert found(docket, A, Found.PASSED, Found.FAILED) == ["passed", "failed"]
     assert docket.of(A).case == Case.ACCUSED.value
-    assert docket.open_cases == []
+    assert docket.open_cases((A, B, C), NOW) == []
     drawn = {docket.next_target((A, B), NOW, random.Random(seed)) for seed in range(50)}
     assert drawn == {Target(B)}  # nothing more is asked of it
-    assert docket.is_active_again(A)
-    assert not docket.is_active_again(A)
+    assert docket.accused == [A]
+    docket.decided(A)
+    assert docket.accused == []
     assert docket.of(A).case == ""
 
 
 def test_a_suspect_that_is_right_often_enough_is_one_like_others() -> None:
     docket = Docket()
     found(docket, A, Found.FAILED, *[Found.PASSED] * (RIGHT_FOR_SUSPECT - 1))
-    assert docket.open_cases == [A]
+    assert docket.open_cases((A, B, C), NOW) == [A]
     assert found(docket, A, Found.PASSED) == ["passed"]
-    assert docket.open_cases == []
+    assert docket.open_cases((A, B, C), NOW) == []
     # What it failed then does not count with what it fails now.
     assert found(docket, A, Found.FAILED) == ["failed"]
     assert docket.of(A).case == Case.SUSPECT.value
@@ -106,7 +107,7 @@ def test_what_is_right_ten_times_was_not_reproduced() -> None:
     docket.rechecks([B])
     said = found(docket, B, Found.FAILED, *[Found.PASSED] * RIGHT_FOR_RECHECK)
     assert said == ["failed"] + ["passed"] * RIGHT_FOR_RECHECK
-    assert docket.open_cases == []
+    assert docket.open_cases((A, B, C), NOW) == []
     assert docket.rechecks([B]) == []
 
 
@@ -122,7 +123,7 @@ def test_a_recheck_ends_when_the_operator_has_decided() -> None:
     docket = Docket()
     docket.rechecks([A, B])
     assert docket.rechecks([B]) == [A]
-    assert docket.open_cases == [B]
+    assert docket.open_cases((A, B, C), NOW) == [B]
 
 
 def test_only_cases_are_looked_at_if_that_is_wanted() -> None:
@@ -141,6 +142,9 @@ def test_a_case_that_cannot_be_met_does_not_hold_up_everything() -> None:
         assert target(docket, A, B) == Target(A, Case.RECHECK)
         docket.missed(A, NOW)
     assert target(docket, A, B) == Target(B)
+    assert docket.open_cases((A, B), NOW) == []
+    assert docket.open_cases((A, B), NOW + REST_S) == [A]
+    assert docket.open_cases((B,), NOW + REST_S) == []  # it is not there: nothing hurries
     assert target(docket, A, B, now=NOW + REST_S) == Target(A, Case.RECHECK)
 
 
