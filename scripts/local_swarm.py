@@ -68,8 +68,8 @@ class SwarmPlan:
     spans: tuple[Span, ...]
     dtype: str = "float32"
     threads: int = 0
-    """OpenMP threads of each node; 0: the cores, since only one node computes at a time in a chain
-    that serves one session, and waiting threads sleep."""
+    """OpenMP threads of each node; 0: ``OMP_NUM_THREADS`` or the cores, since only one node computes
+    at a time in a chain that serves one session, and waiting threads sleep."""
     logs: Path | None = None
     """Folder for the logs; None: a temporary one, removed at the end unless the start failed."""
     start_deadline_s: float = 90.0
@@ -296,9 +296,12 @@ class LocalSwarm:
 
 
 def compute_environment(threads: int) -> dict[str, str]:
-    """Variables for a process that shares this machine's cores with other computing processes."""
-    count = threads or os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(count), "OMP_WAIT_POLICY": "passive"}
+    """Variables for a process that shares this machine's cores with other computing processes.
+
+    0 threads: as many as ``OMP_NUM_THREADS`` says, else the cores.
+    """
+    count = str(threads) if threads else os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
+    return {"OMP_NUM_THREADS": count, "OMP_WAIT_POLICY": "passive"}
 
 
 def _environment(plan: SwarmPlan) -> dict[str, str]:
