@@ -195,8 +195,11 @@ class NodeMetrics:
         self._tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
 
     def forget_engine(self) -> None:
-        """No engine is loaded any more."""
-        for gauge in (self._cache_used, self._cache_total, self._queued, self._busy):
+        """No engine is loaded and no service runs any more; neither is held on to."""
+        for gauge in (
+            *(self._cache_used, self._cache_total, self._queued, self._busy),
+            *(self._session_streams, self._journal_bytes),
+        ):
             gauge.set_function(lambda: 0)
 
     def session_opened(self) -> None:

@@ -103,10 +103,8 @@ class ToyBlocks:
                 for block in self.blocks:
                     entries = self._cache[block, row]
                     entries.append(value)
-                    digest = hashlib.sha256(b"%d" % block + self.adapter_id)
-                    for entry in entries:
-                        digest.update(entry)
-                    value = digest.digest()[:TOKEN_BYTES]
+                    seen = b"".join((b"%d" % block, self.adapter_id, *entries))
+                    value = hashlib.sha256(seen).digest()[:TOKEN_BYTES]
                 output += value
         return bytes(output)
 
