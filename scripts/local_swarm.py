@@ -68,8 +68,8 @@ class SwarmPlan:
     spans: tuple[Span, ...]
     dtype: str = "float32"
     threads: int = 0
-    """OpenMP threads of each node; 0: ``OMP_NUM_THREADS`` or the cores, since only one node computes
-    at a time in a chain that serves one session, and waiting threads sleep."""
+    """OpenMP threads of each node; 0: as ``OMP_NUM_THREADS`` says, else the cores, since only one
+    node computes at a time in a chain that serves one session, and waiting threads sleep."""
     logs: Path | None = None
     """Folder for the logs; None: a temporary one, removed at the end unless the start failed."""
     start_deadline_s: float = 90.0
