@@ -140,6 +140,9 @@ class Watched:
         generate = self._speculate if task.speculative else self._stream
         try:
             await generate(session)
+        except asyncio.CancelledError as error:
+            session.error = error  # it took too long; its tokens may still be right
+            raise
         except Exception as error:  # whatever it is, it is what this session came to
             session.error = error
         finally:
