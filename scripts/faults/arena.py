@@ -203,7 +203,9 @@ class Arena:
             self._mending.discard(task)
         self._hurrying.clear()
 
-    async def wait_for_live(self, stage: int, count: int, timeout_s: float = 120.0) -> None:
+    async def wait_for_live(
+        self, stage: int, count: int, timeout_s: float = START_DEADLINE_S
+    ) -> None:
         """Wait until a stage has ``count`` live nodes. Raises what kept a node from starting."""
         await until(lambda: self._has_live(stage, count), timeout_s, f"{count} nodes of {stage}")
 
