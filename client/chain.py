@@ -37,7 +37,7 @@ from swarm.client.steps import Steps
 from swarm.client.vouchers import Grant, HopAccount
 from swarm.client.watch import Watch, WatchSettings
 from swarm.journal import JournalBudget
-from swarm.ledger.audit_rule import Floats
+from swarm.ledger.audit_rule import Floats, to_array
 from swarm.ledger.sketch import Sketcher
 from swarm.pieces import join_tokens, slice_tokens
 from swarm.ports import Clock, Transport
@@ -602,6 +602,9 @@ class Chain:
         self._trouble.set()
 
     def _take_result(self, link: Link, result: StepResult) -> None:
+        if not np.isfinite(to_array(result.activations)).all():
+            # A hop that cannot compute something says so; that it sends this is its own doing.
+            raise ProtocolError(ErrorCode.NOT_FINITE, "a result")
         try:
             issued = self._steps.take(result)
         except ProtocolError as error:

@@ -49,6 +49,8 @@ from swarm.virtual_time import LoopClock
 
 HIDDEN = 4
 TOKEN_BYTES = HIDDEN * 4
+ALL_FINITE = int.from_bytes(bytes.fromhex("ffffffbf") * HIDDEN, "little")
+"""Bits of a token that may be set: a bit of each exponent stays 0, so that no float32 is NaN."""
 
 
 class ToyBlocks:
@@ -104,7 +106,8 @@ class ToyBlocks:
                     entries = self._cache[block, row]
                     entries.append(value)
                     seen = b"".join((b"%d" % block, self.adapter_id, *entries))
-                    value = hashlib.sha256(seen).digest()[:TOKEN_BYTES]
+                    drawn = int.from_bytes(hashlib.sha256(seen).digest()[:TOKEN_BYTES], "little")
+                    value = (drawn & ALL_FINITE).to_bytes(TOKEN_BYTES, "little")
                 output += value
         return bytes(output)
 

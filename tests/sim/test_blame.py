@@ -59,3 +59,22 @@ def test_one_evil_hop_spoils_no_answer_and_is_out_soon(foul: Foul | Behaviour, s
                     assert is_guilty or len(spoilt) == 1 or foul in WHOLE_CHAIN
 
     virtual_time.run(run())
+
+
+def test_a_last_hop_that_sends_no_numbers_is_replaced_before_anybody_uses_them() -> None:
+    async def is_met(seed: int) -> bool:
+        swarm = EvilSwarm([None, None, Behaviour.NOT_A_NUMBER], seed)
+        request = SessionRequest(REVISION, NUMERIC_HIDDEN, 1, 64, DType.FLOAT32)
+        async with swarm.running(audits=False) as client:
+            chain = await client.open_chain(request, number_of_blocks=BLOCKS)
+            opened_with = {hop.peer_id for hop in chain.plan.hops}
+            assert await converse(chain, seed, prompt=6, tokens=8), "a wrong answer"
+            served_by = {hop.peer_id for hop in chain.plan.hops}
+            await chain.close()
+            assert not swarm.evil & served_by
+            known = client._known[REVISION]
+            banned = {node.peer_id for node in swarm.nodes if known.is_banned(node.peer_id)}
+            assert banned == swarm.evil & opened_with
+            return bool(banned)
+
+    assert sum(virtual_time.run(is_met(seed)) for seed in range(8)) >= 1
