@@ -189,9 +189,12 @@ def test_an_allowance_that_ends_is_renewed_in_time() -> None:
         ask = with_fallback(desk.grants(), swarm)
         async with swarm.chain(planner=planner, ask_grant=ask) as chain:
             talk = Talk(chain)
-            for _ in range(16):
+            begun_s = swarm.clock.unix_s()
+            while swarm.clock.unix_s() < begun_s + 8000.0:
                 await talk.go_on(1)
-                await swarm.clock.sleep(500.0)  # an allowance lasts an hour
+                ends_s = chain.accounts[-1].grant.allowance.expires_unix_s
+                # A minute before the end, which is some time after an hour, at the latest.
+                await swarm.clock.sleep(min(500.0, ends_s - 60.0 - swarm.clock.unix_s()))
         await swarm.assert_nothing_left()
         assert not planner.failures
         assert not any(node.counted.codes for node in swarm.nodes)
