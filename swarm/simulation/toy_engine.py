@@ -27,6 +27,14 @@ from swarm.protocol.tensors import DType, WireTensor
 HIDDEN = 4
 TOKEN_BYTES = HIDDEN * 4
 HASH_BYTES = 32
+_ALL_FINITE = int.from_bytes(bytes.fromhex("ffffffbf") * HIDDEN, "little")
+"""Bits of a token that may be set: one of each exponent stays 0."""
+
+
+def finite_token(digest: bytes) -> bytes:
+    """A token out of a hash: four float32, of which none is infinite or NaN."""
+    drawn = int.from_bytes(digest[:TOKEN_BYTES], "little")
+    return (drawn & _ALL_FINITE).to_bytes(TOKEN_BYTES, "little")
 
 
 class ToyCache:
@@ -52,7 +60,7 @@ class ToyCache:
             for block, hashes in self.hashes.items():
                 before = hashes[-1] if hashes else b"%d" % block
                 hashes.append(hashlib.sha256(before + value).digest())
-                value = hashes[-1][:TOKEN_BYTES]
+                value = finite_token(hashes[-1])
             output += value
         return bytes(output)
 

@@ -45,12 +45,8 @@ from swarm.protocol.policy import Policy
 from swarm.protocol.tensors import DType, WireTensor
 from swarm.routing import ChainPlan
 from swarm.routing import Hop as PlannedHop
+from swarm.simulation.toy_engine import HIDDEN, TOKEN_BYTES, finite_token
 from swarm.virtual_time import LoopClock
-
-HIDDEN = 4
-TOKEN_BYTES = HIDDEN * 4
-ALL_FINITE = int.from_bytes(bytes.fromhex("ffffffbf") * HIDDEN, "little")
-"""Bits of a token that may be set: a bit of each exponent stays 0, so that no float32 is NaN."""
 
 
 class ToyBlocks:
@@ -106,8 +102,7 @@ class ToyBlocks:
                     entries = self._cache[block, row]
                     entries.append(value)
                     seen = b"".join((b"%d" % block, self.adapter_id, *entries))
-                    drawn = int.from_bytes(hashlib.sha256(seen).digest()[:TOKEN_BYTES], "little")
-                    value = (drawn & ALL_FINITE).to_bytes(TOKEN_BYTES, "little")
+                    value = finite_token(hashlib.sha256(seen).digest())
                 output += value
         return bytes(output)
 
