@@ -36,6 +36,7 @@ from tests.adapter_making import make_adapter
 SPANS = (Span(0, 15), Span(15, 30), Span(0, 15))
 PROMPT = "The market by the lake opens at dawn, and"
 NEW_TOKENS = 16
+LONG_PROMPT_TOKENS = 448
 SWARM = Path(sys.executable).parent / "swarm"
 
 
@@ -103,6 +104,7 @@ def test_two_adapters_and_the_bare_model_side_by_side_while_a_node_is_lost(
     async def main() -> dict[str, list[int]]:
         local = LocalModel.load(str(smollm2_path), dtype="float32")
         half_way = asyncio.Barrier(len(references) + 1)
+        all_together = asyncio.Barrier(len(references) + 1)
 
         async def answer(client: SwarmClient, name: str) -> list[int]:
             directory = references[name].directory
@@ -116,7 +118,17 @@ def test_two_adapters_and_the_bare_model_side_by_side_while_a_node_is_lost(
                         plans.append(session._chain.plan if session._chain else None)
                         await half_way.wait()
                         await half_way.wait()  # the node is gone
+                    elif len(tokens) == NEW_TOKENS // 2 + 1:
+                        await all_together.wait()
             return tokens
+
+        async def keep_nodes_busy(client: SwarmClient) -> None:
+            """With a long prompt, in pieces: the steps of the others meet while one is computed."""
+            await all_together.wait()
+            ids = local.encode(PROMPT * 50)[:LONG_PROMPT_TOKENS]
+            async with TextSession(client, local, LONG_PROMPT_TOKENS + 1) as session:
+                async for _ in session.stream(ids, SamplingSettings(max_new_tokens=1)):
+                    pass
 
         async def break_something() -> None:
             await half_way.wait()
@@ -131,6 +143,7 @@ def test_two_adapters_and_the_bare_model_side_by_side_while_a_node_is_lost(
             asyncio.TaskGroup() as tasks,
         ):
             tasks.create_task(break_something())
+            tasks.create_task(keep_nodes_busy(client))
             answering = [tasks.create_task(answer(client, name)) for name in references]
         answers = [task.result() for task in answering]
         local.close()
