@@ -108,7 +108,7 @@ def test_the_sdist_holds_all_modules_as_plain_files(built: Built) -> None:
 def test_an_editable_install_imports_the_sources(built: Built, tmp_path: Path) -> None:
     python = new_environment(tmp_path / "venv", "--editable", str(built.sources))
     imported = Path(output([str(python), "-c", IMPORT], tmp_path).strip())
-    assert imported.resolve() == built.sources / "protocol" / "messages.py"
+    assert imported.resolve() == built.sources / "protocol" / "messages" / "__init__.py"
 
 
 def test_the_wheel_serves_a_block_from_another_folder(
