@@ -296,7 +296,7 @@ class Link:
         """
         # Vouchers that were handed to another task go first: they are of the former allowance.
         await asyncio.sleep(0)
-        voucher = account.sign_all()
+        voucher = None if account.has_ended else account.sign_all()
         signed = grant.signed
         fresh = self.account = account.renewed(grant)
         self._former_account = account

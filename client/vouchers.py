@@ -91,8 +91,15 @@ class HopAccount:
         self._unanswered: dict[int, Voucher] = {}
 
     def renewed(self, grant: Grant) -> HopAccount:
-        """Of the same session at the same hop, for what comes after this and with ``grant``."""
-        return HopAccount(grant, self.peer, self._request, self._opened, self._clock)
+        """Of the same session at the same hop, for what this has not vouched for and what comes."""
+        fresh = HopAccount(grant, self.peer, self._request, self._opened, self._clock)
+        fresh.issued = self.issued - self.covered
+        return fresh
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether vouchers of this allowance would be refused."""
+        return self._clock.unix_s() >= self.grant.allowance.expires_unix_s
 
     @property
     def blocks(self) -> int:

@@ -100,6 +100,15 @@ class Work:
             self.moved_bytes + other.moved_bytes,
         )
 
+    def __sub__(self, other: Work) -> Work:
+        """What this has beyond ``other``, which it covers."""
+        return Work(
+            self.prefill_tokens - other.prefill_tokens,
+            self.decode_tokens - other.decode_tokens,
+            self.backward_tokens - other.backward_tokens,
+            self.moved_bytes - other.moved_bytes,
+        )
+
     def covers(self, other: Work) -> bool:
         """Whether no count is lower than in ``other``."""
         return (
