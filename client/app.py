@@ -356,7 +356,6 @@ class SwarmClient:
             passport_of=self._passport_of,
         )
         router = await self._router(needs, model_name)
-
         chain = Chain(
             self._network,
             router,

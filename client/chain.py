@@ -32,12 +32,13 @@ from swarm.client.link import HopFailed, HopTimes, Link
 from swarm.client.moving import Moves
 from swarm.client.planner import Planner
 from swarm.client.purse import AskGrant, Purse
+from swarm.client.results import require_finite
 from swarm.client.router import failure_kind
 from swarm.client.steps import Steps
 from swarm.client.vouchers import Grant, HopAccount
 from swarm.client.watch import Watch, WatchSettings
 from swarm.journal import JournalBudget
-from swarm.ledger.audit_rule import Floats, to_array
+from swarm.ledger.audit_rule import Floats
 from swarm.ledger.sketch import Sketcher
 from swarm.pieces import join_tokens, slice_tokens
 from swarm.ports import Clock, Transport
@@ -602,9 +603,7 @@ class Chain:
         self._trouble.set()
 
     def _take_result(self, link: Link, result: StepResult) -> None:
-        if not np.isfinite(to_array(result.activations)).all():
-            # A hop that cannot compute something says so; that it sends this is its own doing.
-            raise ProtocolError(ErrorCode.NOT_FINITE, "a result")
+        require_finite(result.activations)
         try:
             issued = self._steps.take(result)
         except ProtocolError as error:
@@ -667,8 +666,7 @@ class Chain:
         """Have an allowance that pays for one more step; ask for the next one ahead of use."""
         hops = self._hops
         await hops.fund(work)
-        accounts = [link.account for link in hops.links if link.account is not None]
-        if hops.purse.wants_to_ask(accounts, work) and self._tasks is not None:
+        if hops.purse.wants_to_ask(hops.open_accounts, work) and self._tasks is not None:
             self._start(self._tasks, hops.purse.ask_ahead())
 
     def _vouchers_before(self, step: Step) -> list[SignedVoucher]:

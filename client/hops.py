@@ -417,7 +417,7 @@ class Hops:
         """
         purse = self.purse
         async with self._funding:
-            if purse.is_over(self._open_accounts, work, replayed, blocks):
+            if purse.is_over(self.open_accounts, work, replayed, blocks):
                 await purse.change()
             grant = purse.grant
             for link in tuple(self.links):
@@ -432,7 +432,8 @@ class Hops:
                     self.lose(link, error)
 
     @property
-    def _open_accounts(self) -> list[HopAccount]:
+    def open_accounts(self) -> list[HopAccount]:
+        """Of the hops that the chain has now and that keep books."""
         return [link.account for link in self.links if link.account is not None]
 
     async def _vouch_for(self, links: Iterable[Link], work: Work) -> None:

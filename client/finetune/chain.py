@@ -20,6 +20,7 @@ from swarm.client.finetune.link import TrainingLink
 from swarm.client.healing import could_not_open
 from swarm.client.link import HopFailed
 from swarm.client.planner import Planner
+from swarm.client.results import require_finite
 from swarm.compute.lora import AdapterShape, Method
 from swarm.compute.training_terms import TrainingTerms
 from swarm.ports import Clock, Transport
@@ -323,6 +324,7 @@ class TrainingChain:
         future = waiting.get(number)
         if future is None:
             raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "nobody asked for this")
+        require_finite(part)
         begun, assembly = self._arriving.get(kind) or (
             number,
             TensorAssembly(

@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from swarm.client.finetune.model import chain_request
+from swarm.client.finetune.settings import FinetuneSettings
+from swarm.client.link import HopFailed
 from swarm.compute.wire_tensors import tensor_to_wire
 from swarm.connection import Connection
+from swarm.node.engine.training import SpanTrainingSession
 from swarm.protocol.errors import ErrorCode, RemoteError
 from swarm.protocol.identity import Identity
 from swarm.protocol.messages import (
@@ -35,7 +39,7 @@ from swarm.protocol.messages import (
     StatePart,
     TrainingOpened,
 )
-from swarm.protocol.tensors import DType
+from swarm.protocol.tensors import DType, WireTensor
 from swarm.protocol.version import STREAM_PROTOCOL
 from tests.training_swarm import TrainingSwarm, save_tiny_model, training_swarm
 
@@ -157,6 +161,33 @@ async def test_activations_that_are_none_end_the_session(folder: Path, value: fl
         async with session(swarm, opening(swarm)) as stream:  # the node is as before
             await stream.send(forward(1))
             await stream.receive_only(ForwardPart)
+
+
+@pytest.mark.parametrize("spoilt", ["outputs", "gradients"])
+async def test_a_client_takes_no_results_that_are_no_numbers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
+) -> None:
+    honest = SpanTrainingSession._sent
+    answers = 0
+
+    def answer(session: SpanTrainingSession, tensor: torch.Tensor) -> WireTensor:
+        nonlocal answers
+        answers += 1
+        if answers == (1 if spoilt == "outputs" else 2):
+            return tensor_to_wire(torch.full_like(tensor, float("nan")), DType.FLOAT32)
+        return honest(session, tensor)
+
+    monkeypatch.setattr(SpanTrainingSession, "_sent", answer)
+    async with training_swarm(folder, [(0, 2)]) as swarm:
+        settings = FinetuneSettings(rank=2)
+        chain = await swarm.open_chain(chain_request(swarm.base, settings, maximum_tokens=16))
+        wire = tensor_to_wire(torch.full((1, 4, 32), 0.1), DType.FLOAT32)
+        with pytest.raises(HopFailed) as failed:
+            await chain.forward(1, (4,), wire)
+            assert answers == 1
+            await chain.backward(1, wire)
+        assert failed.value.code is ErrorCode.NOT_FINITE
+        assert answers == (1 if spoilt == "outputs" else 2)
 
 
 async def test_terms_that_make_no_sense_are_refused(folder: Path) -> None:
