@@ -180,7 +180,7 @@ class Hop:
         self._attached_version = -1
         self._previous_version = 0
         self._tasks: asyncio.TaskGroup | None = None
-        self._background: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[object]] = set()
         self._opened_s = self._last_step_s = clock.monotonic_s()
         self._mistakes = 0
         self.account: SessionAccount | None = None
@@ -261,7 +261,7 @@ class Hop:
             unix_ms=round(self._clock.unix_s() * 1000),
         )
 
-    def start(self, work: Coroutine[None, None, None]) -> None:
+    def start(self, work: Coroutine[None, None, object]) -> None:
         """Run ``work`` beside the session, which owns it: it ends with it at the latest."""
         if self._tasks is None or len(self._background) >= MAXIMUM_BACKGROUND_TASKS:
             work.close()
@@ -342,10 +342,7 @@ class Hop:
             raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "no books are kept here")
         last = account.renew(standing)
         if last is not None:
-            self.start(self._end(account, last))
-
-    async def _end(self, account: SessionAccount, last: PendingReceipt) -> None:
-        await account.end(last)
+            self.start(account.end(last))
 
     async def _send_receipt(self, account: SessionAccount, pending: PendingReceipt) -> None:
         receipt = await account.keep(pending)

@@ -56,6 +56,7 @@ PUNCHING_PORT = "/ip4/0.0.0.0/udp/0/quic-v1"
 """Holes are punched from ports that listen, so peers that nobody dials need one too."""
 FIRST_RELAY_TIMEOUT_S = 5.0
 DIAL_BACK_TIMEOUT_S = 20.0
+NO_PEER = "does not answer as a peer of this network"
 DIRECT_CHECK_S = 0.05
 
 
@@ -389,11 +390,7 @@ class HivemindNetwork:
             return f"{address} did not answer within {self._settings.dial_timeout_s:g} s"
         except NetworkError as error:
             return f"{address}: {error}"
-        return (
-            offset_s
-            if offset_s is not None
-            else f"{address} does not answer as a peer of this network"
-        )
+        return offset_s if offset_s is not None else f"{address} {NO_PEER}"
 
     async def _meet(self, address: str) -> str | None:
         """Exchange directory ids; returns why it failed."""
@@ -410,9 +407,7 @@ class HivemindNetwork:
             answer = await self._node.protocol.call_ping(peer, validate=True, strict=True)
         except ValidationError as error:
             return f"{address}: {error}"
-        return (
-            None if answer is not None else f"{address} does not answer as a peer of this network"
-        )
+        return None if answer is not None else f"{address} {NO_PEER}"
 
     @property
     def clock_offset_s(self) -> float:

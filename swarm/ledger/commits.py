@@ -35,7 +35,7 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
         database.execute("PRAGMA busy_timeout=5000")
         database.executescript(schema)
     except (OSError, sqlite3.Error) as error:
-        raise ConfigError(f"cannot open the ledger {path}: {error}") from error
+        raise ConfigError(f"cannot open {path}: {error}") from error
     return database
 
 
@@ -43,11 +43,11 @@ def read_only(path: Path) -> sqlite3.Connection:
     """Open an existing database to look at it. Raises ConfigError."""
     try:
         if not path.is_file():
-            raise ConfigError(f"there is no ledger at {path} yet")
+            raise ConfigError(f"there is no file {path}: nothing was written there yet")
         database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
         database.execute("SELECT 1 FROM sqlite_master").fetchone()
     except sqlite3.Error as error:
-        raise ConfigError(f"cannot read the ledger {path}: {error}") from error
+        raise ConfigError(f"cannot read {path}: {error}") from error
     return database
 
 
