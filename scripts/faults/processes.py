@@ -160,14 +160,8 @@ class Drain:
         """It leaves by itself."""
 
 
-PROCESS_FAULTS: dict[str, Callable[[Processes], Fault]] = {
-    "kill": Kill,
-    "crash": Crash,
-    "freeze": Freeze,
-    "slow": Slow,
-    "drain": Drain,
-}
+_FAULTS = (Kill, Crash, Freeze, Slow, Drain)
+PROCESS_FAULTS: dict[str, Callable[[Processes], Fault]] = {fault.kind: fault for fault in _FAULTS}
 """By kind; each takes the node's :class:`Processes`."""
-
-ENDING_FAULTS = (Kill.kind, Crash.kind, Drain.kind)
+ENDING_FAULTS = tuple(fault.kind for fault in _FAULTS if fault.ends_node)
 """After which a node has to be started again."""

@@ -8,7 +8,6 @@ import pytest
 
 from scripts.faults.answers import Session, Task
 from scripts.faults.moments import HALF_FILLED, MOMENTS, Moment, Trigger, cases
-from scripts.faults.processes import ENDING_FAULTS, Crash, Drain, Freeze, Kill, Slow
 from scripts.faults.progress import Event, WatchedChains, WatchedStream
 from scripts.faults.report import levels_off_after_s, percentile
 from swarm.ports import Buffer
@@ -97,13 +96,6 @@ def test_a_trigger_fires_once_at_the_count_of_its_stage() -> None:
     trigger.hear(mine)
     trigger.hear(mine)
     assert fired == [mine]
-
-
-def test_faults_that_end_a_node_are_known_as_such() -> None:
-    # As the faults themselves say, by which the arena starts nodes again.
-    assert {fault.kind for fault in (Kill, Crash, Freeze, Slow, Drain) if fault.ends_node} == set(
-        ENDING_FAULTS
-    )
 
 
 def test_two_hops_at_once_and_a_replacement_that_dies_half_filled_are_cases_of_each_kind() -> None:
