@@ -127,6 +127,14 @@ class BlockVectors:
             count += replicas > 0
         return count
 
+    def lacking_in(self, country: str) -> npt.NDArray[np.bool_]:
+        """Blocks that no node in ``country`` hosts ``[number_of_blocks]``."""
+        throughput = self.of_country.get(country)
+        if throughput is None:
+            return np.ones(self.number_of_blocks, dtype=bool)
+        # Sums and differences leave rounding errors where nothing is.
+        return np.asarray(throughput <= 1e-6 * self.speed / self.number_of_blocks)
+
     def outside_largest_organisation(self) -> Counts:
         """Nodes of each block that do not belong to the organisation that hosts most."""
         if not self.of_organisation:

@@ -165,15 +165,9 @@ def _gained_in_country(
     exponent: float,
     settings: PlacementSettings,
 ) -> Vector:
-    """The country's term, where country and swarm have nodes to spare."""
+    """The country's term."""
     total = others.number_of_blocks
-    hosted = others.hosted_in_country.get(node.country, 0) + size
-    redundancy = others.redundancy + size / total
-    if (
-        not node.country
-        or hosted < settings.country_redundancy * total
-        or redundancy < settings.swarm_redundancy
-    ):
+    if not _country_counts(others, node, size, settings):
         return np.zeros(total)
     throughput = others.of_country.get(node.country, np.zeros(total))
     speed = float(throughput.sum()) + node.speed
@@ -184,6 +178,19 @@ def _gained_in_country(
         return np.asarray((mean / (throughput + settings.throughput_floor * mean)) ** exponent)
 
     return np.asarray(weight * (weak(throughput) - weak(throughput + node.speed / size)))
+
+
+def _country_counts(
+    others: BlockVectors, node: PlacedNode, size: int, settings: PlacementSettings
+) -> bool:
+    """Whether ``node``'s country and the swarm have nodes to spare for a border."""
+    total = others.number_of_blocks
+    hosted = others.hosted_in_country.get(node.country, 0) + size
+    return (
+        bool(node.country)
+        and hosted >= settings.country_redundancy * total
+        and others.redundancy + size / total >= settings.swarm_redundancy
+    )
 
 
 def loading_s(number_of_blocks: int, on_disk: Collection[int], seconds_per_block: float) -> Vector:
@@ -354,12 +361,20 @@ def _needed_share(others: BlockVectors, node: PlacedNode, settings: PlacementSet
     nodes = others.nodes + 1
     mean = (others.speed + node.speed) / others.number_of_blocks
     mean_speed = max((others.speed + node.speed) / nodes, 1e-9)
-    mean_size = float(others.planned.sum() + node.end_block - node.first_block) / nodes
+    hosted = node.end_block - node.first_block
+    mean_size = float(others.planned.sum() + hosted) / nodes
     too_slow = float(np.maximum(0.0, mean - others.throughput).sum()) / mean_speed
     too_few = float(np.maximum(0.0, settings.wanted_replicas - others.replicas).sum()) / mean_size
     interval_s = decision_interval_s(with_node(others, node), settings)
-    deciding = nodes * min(1.0, settings.view_age_s / interval_s)
-    return min(1.0, max(too_slow, too_few) / deciding)
+    deciding_share = min(1.0, settings.view_age_s / interval_s)
+    needed = max(too_slow, too_few) / nodes
+    if _country_counts(others, node, hosted, settings):
+        # Nobody but its own nodes can fill a country's gap.
+        lacking = others.lacking_in(node.country)
+        lacking[node.first_block : node.end_block] = False
+        in_country = others.hosted_in_country.get(node.country, 0) + hosted
+        needed = max(needed, float(lacking.sum()) / in_country)
+    return min(1.0, needed / deciding_share)
 
 
 def _first_best(values: Vector) -> int:

@@ -67,6 +67,9 @@ PLACEMENT_ROWS = (
     PlacementRow(10_000, 80, "normal", hours=1.0, warm_up_hours=0.5, seeds=1),
 )
 OUTAGES = ((20, 80), (75, 126), (100, 126), (100, 80))
+"""A third of the nodes vanishes."""
+LOST_ORGANISATIONS = ((20, 80), (50, 126), (75, 126), (100, 126), (100, 80), (200, 80), (1000, 126))
+"""The largest organisation vanishes from a settled swarm."""
 ROUTING_ROWS = (
     (100, 80, 0.2),
     (100, 80, 0.5),
@@ -104,6 +107,15 @@ def outage_runs(quick: bool) -> Iterator[tuple[Result, Callable[[], Any]]]:
             yield what, partial(simulate_outage, nodes, blocks, seed=seed)
 
 
+def organisation_runs(quick: bool) -> Iterator[tuple[Result, Callable[[], Any]]]:
+    for nodes, blocks in LOST_ORGANISATIONS[:1] if quick else LOST_ORGANISATIONS:
+        for seed in range(1 if quick else SEEDS if nodes >= 1000 else 4 * SEEDS):
+            for rule in (POTENTIAL, PETALS):
+                what = {"nodes": nodes, "blocks": blocks, "rule": rule, "seed": seed}
+                lose = partial(simulate_outage, organisation=LARGEST_ORGANISATION, rule=rule)
+                yield what, partial(lose, nodes, blocks, seed=seed)
+
+
 def routing_runs(quick: bool) -> Iterator[tuple[Result, Callable[[], Any]]]:
     for nodes, blocks, load in ROUTING_ROWS[:1] if quick else ROUTING_ROWS:
         seconds = 60 if nodes >= 1000 or quick else 120
@@ -131,6 +143,7 @@ def session_runs(quick: bool) -> Iterator[tuple[Result, Callable[[], Any]]]:
 PARTS: dict[str, Callable[[bool], Iterator[tuple[Result, Callable[[], Any]]]]] = {
     "placement": placement_runs,
     "outages": outage_runs,
+    "organisations": organisation_runs,
     "routing": routing_runs,
     "control": control_runs,
     "sessions": session_runs,
@@ -195,10 +208,10 @@ def placement_table(results: Sequence[Result]) -> list[str]:
                 f"| {mean(runs, 'blocks_loaded_per_node_day'):.1f} | {mean(runs, 'hops'):.1f} "
                 f"| {100 * mean(runs, 'countries_alone'):.1f} % |"
             )
-    return [*lines, "", *organisation_table(results)]
+    return [*lines, "", *survival_table(results)]
 
 
-def organisation_table(results: Sequence[Result]) -> list[str]:
+def survival_table(results: Sequence[Result]) -> list[str]:
     """Survival of the largest organisation's loss, beside what is possible."""
     lines = [
         "| nodes, blocks, churn (seeds) | possible | potential | petals | the others alone |",
@@ -231,6 +244,23 @@ def outage_table(results: Sequence[Result]) -> list[str]:
             f"| {line['nodes']}, {line['blocks']} | {line['seed']} | {result['redundancy']:.1f} "
             f"| {result['uncovered_blocks']} | {result['claimed_s']:.0f} s "
             f"| {result['recovered_s']:.0f} s |"
+        )
+    return lines
+
+
+def organisation_table(results: Sequence[Result]) -> list[str]:
+    lines = [
+        "| nodes, blocks (seeds) | rule | copies left | no block lost | blocks lost, at most "
+        "| countries alone |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (nodes, blocks, rule), runs in grouped(results, "nodes", "blocks", "rule").items():
+        lost = [run["result"]["uncovered_blocks"] for run in runs]
+        countries = sum(run["result"]["countries"] for run in runs)
+        alone = sum(run["result"]["countries_alone"] for run in runs)
+        lines.append(
+            f"| {nodes:,}, {blocks} ({len(runs)}) | {rule} | {mean(runs, 'redundancy'):.1f} "
+            f"| {lost.count(0)} of {len(lost)} | {max(lost)} | {alone} of {countries} |"
         )
     return lines
 
@@ -287,6 +317,7 @@ def session_table(results: Sequence[Result]) -> list[str]:
 TABLES: dict[str, Callable[[Sequence[Result]], list[str]]] = {
     "placement": placement_table,
     "outages": outage_table,
+    "organisations": organisation_table,
     "routing": routing_table,
     "control": control_table,
     "sessions": session_table,

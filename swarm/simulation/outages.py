@@ -1,17 +1,18 @@
-"""A third of the nodes vanish at once: how long until every block is served again?
+"""Many nodes vanish at once: how many blocks are lost, how long until all are served again?
 
-Nobody else comes or goes. The clock starts with the outage: noticing it, deciding, downloading and
-swapping all count.
+A third of the nodes by lot, or all of one organisation. Nobody else comes or goes. The clock starts
+with the outage: noticing it, deciding, downloading and swapping all count.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swarm import virtual_time
 from swarm.simulation.churn import Churn
-from swarm.simulation.placement import PlacementRun, make_life, settle
+from swarm.simulation.placement import Life, PlacementRun, make_life, settle
 from swarm.simulation.population import MODELS, dice_of, draw_volunteers
 from swarm.simulation.world import World
 
@@ -29,6 +30,10 @@ class OutageResult:
     """Right after the outage."""
     redundancy: float
     """Of those that are left: below 1 no placement covers the model."""
+    countries: int
+    """That hosted 1.5 copies of the model before the outage."""
+    countries_alone: int
+    """Of these: covered by their own nodes."""
     claimed_s: float
     """Until every block has a node or one that loads it."""
     recovered_s: float
@@ -36,14 +41,23 @@ class OutageResult:
 
 
 def simulate_outage(
-    nodes: int, blocks: int, *, seed: int = 0, share: float = 1 / 3, rule: str = "potential"
+    nodes: int,
+    blocks: int,
+    *,
+    seed: int = 0,
+    share: float = 1 / 3,
+    organisation: str = "",
+    rule: str = "potential",
 ) -> OutageResult:
-    """In virtual time; the same arguments always give the same result."""
+    """In virtual time; the same arguments always give the same result.
+
+    ``share`` of the nodes vanish by lot, or instead all of ``organisation``.
+    """
     run = PlacementRun(nodes, blocks, NOBODY_LEAVES, rule=rule, seed=seed)
-    return virtual_time.run(_simulate(run, share))
+    return virtual_time.run(_simulate(run, share, organisation))
 
 
-async def _simulate(run: PlacementRun, share: float) -> OutageResult:
+async def _simulate(run: PlacementRun, share: float, organisation: str) -> OutageResult:
     world = World(run.blocks)
     volunteers = draw_volunteers(run.nodes, MODELS[run.blocks], dice_of(run.seed, "who"))
     lives = [make_life(run, world, MODELS[run.blocks], volunteer) for volunteer in volunteers]
@@ -54,7 +68,9 @@ async def _simulate(run: PlacementRun, share: float) -> OutageResult:
         tasks = [group.create_task(life.run()) for life in lives]
         watching = group.create_task(world.watch(dice_of(run.seed, "watch")))
         await asyncio.sleep(SETTLING_S)
-        lost = dice_of(run.seed, "outage").sample(range(len(lives)), round(share * len(lives)))
+        world.measure()
+        alone = world.samples.country_alone
+        lost = _lost(lives, run, share, organisation)
         for index in lost:
             tasks[index].cancel()
         await asyncio.sleep(0)
@@ -72,4 +88,25 @@ async def _simulate(run: PlacementRun, share: float) -> OutageResult:
             await asyncio.sleep(1.0)
         for task in (*tasks, watching):
             task.cancel()
-    return OutageResult(len(lost), uncovered, hosted / run.blocks, claimed_s, recovered_s)
+    return OutageResult(
+        lost_nodes=len(lost),
+        uncovered_blocks=uncovered,
+        redundancy=hosted / run.blocks,
+        countries=len(alone),
+        countries_alone=sum(alone),
+        claimed_s=claimed_s,
+        recovered_s=recovered_s,
+    )
+
+
+def _lost(
+    lives: Sequence[Life], run: PlacementRun, share: float, organisation: str
+) -> Sequence[int]:
+    """Indices of those who vanish."""
+    if organisation:
+        return [
+            index
+            for index, life in enumerate(lives)
+            if life.volunteer.organisation == organisation
+        ]
+    return dice_of(run.seed, "outage").sample(range(len(lives)), round(share * len(lives)))

@@ -267,9 +267,8 @@ def could_outlive_largest_organisation(vectors: BlockVectors) -> bool:
 def countries_alone(vectors: BlockVectors) -> list[bool]:
     """For each country whose nodes host the model 1.5 times: whether they cover it."""
     enough = STANDS_ALONE * vectors.number_of_blocks
-    least = 1e-6 * vectors.speed / vectors.number_of_blocks
     return [
-        bool((vectors.of_country[country] > least).all())
+        not vectors.lacking_in(country).any()
         for country, hosted in sorted(vectors.hosted_in_country.items())
         if hosted >= enough
     ]

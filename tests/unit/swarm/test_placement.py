@@ -301,6 +301,16 @@ def test_enough_others_in_the_same_minute_damp() -> None:
     assert decision.target is not None
 
 
+def test_who_is_to_fill_a_countrys_gap_is_among_its_own_nodes() -> None:
+    # 200 nodes decide, but only the 8 in EE can help EE: more of them are needed than of 200.
+    swarm = [node(i, 0, 8, country="FI") for i in range(192)]
+    swarm += [node(f"e{i}", 0, 4, country="EE") for i in range(8)]
+    me = swarm[-1]
+    others = without(block_vectors(swarm, 8), me)
+    assert decide_move(others, me, nothing_loads(8), chance=0.6).target is not None
+    assert decide_move(others, me, nothing_loads(8), chance=0.65).reason is Stay.DAMPED
+
+
 @given(st.integers(0, 10**6))
 def test_a_move_never_uncovers_a_block(seed: int) -> None:
     dice = Random(seed)
