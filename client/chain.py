@@ -394,8 +394,8 @@ class Chain:
 
     async def _open(self) -> None:
         try:
-            async with asyncio.timeout(self._timeouts.open_s):
-                await self._heal(Patience.to_open(self._clock))
+            async with asyncio.timeout(self._timeouts.open_s) as deadline:
+                await self._heal(Patience.to_open(self._clock, deadline))
         except TimeoutError:
             raise NetworkError(
                 f"the chain could not be opened within {self._timeouts.open_s:.0f} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 from swarm.client.hops import JOINT_GRACE_S, Hops, NothingToReplay, Resumption
@@ -18,9 +19,14 @@ OPEN_ATTEMPTS = 4
 OPEN_S = 2.0
 """For nodes to turn up, where a new session would find blocks without a host: one that was seen to
 join a moment ago may be ready, and one that could not be reached may only have been busy."""
+OPEN_OFFLINE_S = 30.0
+"""The same while nobody at all answers. Shorter than for a session that has begun: there is nothing
+to lose yet, and where all nodes are gone for good its user should hear of it."""
 HEAL_ATTEMPTS = 16
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 2.0
+LOOK_S = 0.5
+"""Between two looks whether anybody answers; a look in vain takes seconds."""
 MENDS_WITHOUT_RESULT = 3
 _NO_ROOM = (ErrorCode.NO_CAPACITY, ErrorCode.TOO_MANY_SESSIONS, ErrorCode.ADAPTER_NO_ROOM)
 
@@ -28,8 +34,17 @@ _NO_ROOM = (ErrorCode.NO_CAPACITY, ErrorCode.TOO_MANY_SESSIONS, ErrorCode.ADAPTE
 class Patience:
     """How often and for how long a gap is tried to be filled."""
 
-    def __init__(self, clock: Clock, heal_s: float, offline_s: float, attempts: int) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        heal_s: float,
+        offline_s: float,
+        attempts: int,
+        deadline: asyncio.Timeout | None = None,
+    ) -> None:
+        """``deadline``: moved on by the time for which our own network was gone."""
         self.attempts = attempts
+        self._deadline = deadline
         self._clock = clock
         self._heal_s = heal_s
         self._offline_s = offline_s
@@ -37,29 +52,51 @@ class Patience:
         self._gives_up_s = self._started_s + heal_s
         self._pause_s = FIRST_PAUSE_S
         self._is_last_round = False
+        self._tried_s = self._started_s
+        """When the latest attempt began."""
 
     @classmethod
-    def to_open(cls, clock: Clock) -> Patience:
+    def to_open(cls, clock: Clock, deadline: asyncio.Timeout) -> Patience:
         """A new session fails soon, so that its user may choose what to do."""
-        return cls(clock, OPEN_S, OPEN_S, OPEN_ATTEMPTS)
+        return cls(clock, OPEN_S, OPEN_OFFLINE_S, OPEN_ATTEMPTS, deadline)
 
     async def wait(self, planner: Planner) -> bool:
-        """Wait a moment for nodes to turn up; False when that has taken too long already.
-
-        As long as nobody at all answers, it is our own network that is gone, and it may come back.
-        """
+        """Wait a moment for nodes to turn up; False when that has taken too long already."""
+        outage_ended = await self.outage_ended(planner)
         now_s = self._clock.monotonic_s()
-        if now_s >= self._gives_up_s:
+        if now_s < self._gives_up_s and not outage_ended:
+            await self._clock.sleep(self._pause_s)
+            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        elif not outage_ended:
             if self._is_last_round or now_s >= self._started_s + self._offline_s:
                 return False
-            if await planner.is_online():
-                # Perhaps only just: whoever could not be reached before is tried once more.
-                self._is_last_round = True
-                return True
-            self._gives_up_s = self._clock.monotonic_s() + self._heal_s
-        await self._clock.sleep(self._pause_s)
-        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+            # Perhaps it has just ended: whoever could not be reached before is tried once more,
+            # and for the usual time if the latest attempt was stuck for longer than that.
+            self._is_last_round = True
+            if now_s - self._tried_s > self._heal_s:
+                self._gives_up_s = now_s + self._heal_s
+        self._tried_s = self._clock.monotonic_s()
         return True
+
+    async def outage_ended(self, planner: Planner) -> bool:
+        """Wait while nobody at all answers: it is our own network then, and it may come back.
+
+        True when it was gone and is back; everybody has the usual time to be reached again.
+        """
+        was_offline = False
+        counted_s = self._tried_s
+        while self._clock.monotonic_s() < self._started_s + self._offline_s:
+            if await planner.is_online():
+                if was_offline:
+                    self._gives_up_s = self._clock.monotonic_s() + self._heal_s
+                return was_offline
+            was_offline = True
+            await self._clock.sleep(LOOK_S)
+            now_s = self._clock.monotonic_s()
+            if self._deadline is not None and (when_s := self._deadline.when()) is not None:
+                self._deadline.reschedule(when_s + now_s - counted_s)
+            counted_s = now_s
+        return False
 
 
 class Healer:
@@ -109,7 +146,10 @@ class Healer:
                 self._count_failure(error)
                 hops.give_up(error)
                 if len(failures) >= patience.attempts:
-                    raise _unhealed(gap, failures, None, opening=opening) from error
+                    if not await patience.outage_ended(self._planner):
+                        raise _unhealed(gap, failures, None, opening=opening) from error
+                    failures.clear()
+                    excluded.clear()
             except (NoRouteError, NetworkError) as error:
                 is_full = isinstance(error, NoRouteError) and error.retry_after_ms > 0
                 if (is_full and opening) or not await patience.wait(self._planner):

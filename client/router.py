@@ -65,6 +65,8 @@ OLDEST_VIEW_S = 120.0
 """Records that nobody refreshed for so long are read again before they are used."""
 READ_AGAIN_S = 1.0
 """When there is no route, the directory is read again, but not more often than this."""
+READ_S = 5.0
+"""For reading it again; somebody waits for the plan."""
 ATTEMPTS = 3
 """Reads of the directory for one plan: in a large swarm each shows other shards."""
 SHORTEST_WAIT_S = 0.4
@@ -133,14 +135,14 @@ class Router:
         NetworkError when the directory cannot be read. Cancelling is safe.
         """
         known = self._known
-        await known.refresh(older_than_s=OLDEST_VIEW_S)
+        await self._read_again(OLDEST_VIEW_S)
         reasons = dict.fromkeys(excluded, "tried before or in use")
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 answers = await self._willing(first_block, end_block, reasons)
                 break
             except NoRouteError:
-                if attempt == ATTEMPTS or not await known.refresh(older_than_s=READ_AGAIN_S):
+                if attempt == ATTEMPTS or not await self._read_again(READ_AGAIN_S):
                     raise
         # No await from here on: of plans made at the same moment each sees those before it.
         candidates = [self._candidate(answer) for answer in answers]
@@ -162,6 +164,22 @@ class Router:
         peers = (previous, *(hop.peer_id for hop in plan.hops), following)
         added_s += APART_S * sum(frozenset(pair) in apart for pair in pairwise(peers))
         return replace(plan, expected_step_s=plan.expected_step_s - added_s)
+
+    async def _read_again(self, older_than_s: float) -> bool:
+        """Read the directory if the last read is older; whether that was done.
+
+        While nobody who keeps it can be reached, what is known already has to do.
+        Raises NetworkError when that is nothing.
+        """
+        known = self._known
+        try:
+            async with asyncio.timeout(READ_S if known.records else None):
+                return await known.refresh(older_than_s=older_than_s)
+        except (TimeoutError, NetworkError) as error:
+            if not known.records:
+                raise
+            log.info("could not read the directory: %s", error or "it takes too long")
+            return False
 
     def pays_with(self, route_seed: bytes) -> None:
         """The session's allowance is another one now; the seed of its draw, empty without one."""
@@ -186,7 +204,16 @@ class Router:
                 return True
             return True
 
-        return any(await asyncio.gather(*map(answers, drawn)))
+        asking = [asyncio.create_task(answers(record)) for record in drawn]
+        try:
+            for answer in asyncio.as_completed(asking):
+                if await answer:
+                    return True
+            return False
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
 
     def failed(self, peer: PeerId, kind: FailureKind) -> None:
         """Look elsewhere first for a while; longer each time it happens again."""

@@ -16,14 +16,11 @@ from scripts.faults.moments import HEALED_AFTER_TOKENS, Case, Trigger
 from scripts.faults.network import OFFLINE, OFFLINE_S
 from scripts.faults.progress import Event
 from scripts.faults.sessions import Watched
-from swarm.protocol.errors import NetworkError, NoRouteError
 from swarm.protocol.identity import PeerId
 
 CASE_TIMEOUT_S = 120.0
 LEAK_TIMEOUT_S = 45.0
 """A node gives a stream up when it was silent for 30 s."""
-BEGIN_TIMEOUT_S = 30.0
-"""For a new session after the client's network came back."""
 COMPUTE_SECONDS = "swarm_node_step_compute_seconds_sum"
 
 
@@ -127,12 +124,6 @@ class CaseRunner:
         outcome.load_average = os.getloadavg()[0]
         if strike.struck_s is None:
             outcome.problems.append("the moment did not come")
-        until_s = time.monotonic() + BEGIN_TIMEOUT_S
-        while session is not None and _could_not_begin(case, session):
-            # A new session fails soon; its user asks again until the network is back.
-            if time.monotonic() > until_s:
-                break
-            session = await self._watched.run(task)
         if session is not None:
             outcome.problems += _problems_of(session)
             if strike.struck_s is not None:
@@ -266,12 +257,6 @@ class _Strike:
         struck_s = self._arena.hurt(fighter, kind)
         self.hurt.append(fighter)
         self.struck_s = struck_s
-
-
-def _could_not_begin(case: Case, session: Session) -> bool:
-    """Whether the client lost its network before the session was open, and said so."""
-    is_clear = isinstance(session.error, NetworkError | NoRouteError)
-    return case.kind == OFFLINE and case.moment.phase == "open" and is_clear and not session.tokens
 
 
 def _problems_of(session: Session) -> list[str]:

@@ -118,9 +118,6 @@ class Soak:
         self.loads: list[float] = []
         """Load averages of the machine, in the last minute each."""
         self.survivor = self._dice.choice(sorted(arena.live_ones(), key=lambda one: one.name))
-        self._online = asyncio.Event()
-        self._online.set()
-        self._offline_s: list[tuple[float, float]] = []
 
     async def warm_up(self) -> None:
         """Each task once without faults; what is wrong then was wrong before."""
@@ -157,9 +154,7 @@ class Soak:
 
     async def _converse(self, dice: random.Random) -> None:
         while not self._ending.is_set():
-            await self._online.wait()
             session = None
-            started_s = time.monotonic()
             try:
                 async with asyncio.timeout(FINISH_TIMEOUT_S):
                     session = await self._watched.run(dice.choice(self._tasks), self._running.add)
@@ -167,7 +162,7 @@ class Soak:
                 self._is_wrong(f"a session did not end within {FINISH_TIMEOUT_S:.0f} s")
             for ended in [one for one in self._running if one.ended]:
                 self._running.discard(ended)
-            if session is not None and not self._could_not_begin(session, started_s):
+            if session is not None:
                 self._judge(session)
 
     async def _break(self) -> None:
@@ -199,12 +194,7 @@ class Soak:
     async def _lose_network(self) -> None:
         sessions = list(self._running)
         since_s = time.monotonic() - self.started_s
-        self._online.clear()
-        try:
-            back_s = await self._arena.client_offline(OFFLINE_S)
-        finally:
-            self._online.set()
-        self._offline_s.append((back_s - OFFLINE_S, back_s))
+        back_s = await self._arena.client_offline(OFFLINE_S)
         # What a user waits after the network is back is what we can be blamed for.
         self.happened.append(Happened(OFFLINE, "client", since_s, back_s, sessions))
         self._say(f"{since_s:6.0f} s  {OFFLINE}, {len(sessions)} sessions")
@@ -220,14 +210,6 @@ class Soak:
             self.loads.append(os.getloadavg()[0])
             self.recomputed = await self._arena.recomputed_tokens()
             await asyncio.sleep(MEMORY_PERIOD_S)
-
-    def _could_not_begin(self, session: Session, started_s: float) -> bool:
-        """Without a network no session can be opened; those that are open must survive it."""
-        now_s = time.monotonic()
-        offline = not self._online.is_set() or any(
-            gone_s < now_s and started_s < back_s for gone_s, back_s in self._offline_s
-        )
-        return offline and session.error is not None and not session.times_s
 
     def _judge(self, session: Session) -> None:
         self.finished += 1

@@ -105,8 +105,6 @@ def _lost(
     """Indices of those who vanish."""
     if organisation:
         return [
-            index
-            for index, life in enumerate(lives)
-            if life.volunteer.organisation == organisation
+            index for index, life in enumerate(lives) if life.volunteer.organisation == organisation
         ]
     return dice_of(run.seed, "outage").sample(range(len(lives)), round(share * len(lives)))

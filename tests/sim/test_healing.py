@@ -15,6 +15,7 @@ import pytest
 
 from swarm import virtual_time
 from swarm.client.chain import Chain, ChainTimeouts
+from swarm.client.healing import OPEN_OFFLINE_S
 from swarm.journal import JournalBudget
 from swarm.memory_network import LinkSettings, MemorySettings
 from swarm.protocol.errors import ErrorCode, NoRouteError, ProtocolError
@@ -205,6 +206,44 @@ def test_the_clients_own_network_is_gone_for_a_while(
         swarm.network.heal()
 
     converse(toy_swarm, toy_blocks, make_tensor, fault, seed=seed)
+
+
+@pytest.mark.parametrize("gone_after_s", [0.0, 0.01, 0.03, 0.05])
+def test_a_session_is_opened_once_the_clients_own_network_is_back(
+    toy_swarm: Any, make_tensor: Any, gone_after_s: float
+) -> None:
+    async def main() -> None:
+        swarm = toy_swarm(SPANS, settings=LINKS)
+        await swarm.start()
+
+        async def lose_network() -> None:
+            await asyncio.sleep(gone_after_s)
+            swarm.network.partition([swarm.client.peer_id])
+            await asyncio.sleep(20.0)
+            swarm.network.heal()
+
+        losing = asyncio.create_task(lose_network())
+        async with swarm.chain(*CHAIN, maximum_tokens=8) as chain:
+            assert losing.done()
+            opened_s = swarm.clock.monotonic_s()
+            await chain.step(make_tensor(Random(1), 1, 4), 0, output_tokens=1)
+            assert swarm.clock.monotonic_s() - opened_s < 1.0
+        await swarm.assert_nothing_left()
+
+    virtual_time.run(main())
+
+
+def test_a_new_session_that_nobody_answers_for_long_is_given_up(toy_swarm: Any) -> None:
+    async def main() -> None:
+        swarm = toy_swarm(SPANS, settings=LINKS)
+        await swarm.start()
+        swarm.network.partition([swarm.client.peer_id])
+        with pytest.raises(NoRouteError, match="no chain could be opened"):
+            async with swarm.chain(*CHAIN, maximum_tokens=8):
+                pass
+        assert OPEN_OFFLINE_S <= swarm.clock.monotonic_s() < 2 * OPEN_OFFLINE_S
+
+    virtual_time.run(main())
 
 
 @pytest.mark.parametrize("seed", range(20))
