@@ -14,7 +14,7 @@ import typer
 from swarm.client.joining import AsJson, Config, Peers, outcome, own_files, prepare_process
 from swarm.client.output import explain
 from swarm.command_results import print_result
-from swarm.protocol.errors import SwarmError
+from swarm.protocol.errors import ConfigError, SwarmError
 
 if TYPE_CHECKING:
     from swarm.client.validator.delivery import Posted
@@ -151,7 +151,13 @@ def show(state: StateFile = STATE_FILE, as_json: AsJson = False) -> None:
     with outcome(as_json), own_files():
         from swarm.client.validator.state import summaries
 
-        found = summaries(state.expanduser())
+        path = state.expanduser()
+        if not path.exists():
+            raise ConfigError(
+                f"no validator has run here: there is no {path}, which swarm validator run makes; "
+                "--state names another file"
+            )
+        found = summaries(path)
     nodes = [
         {
             "node": each.node,

@@ -8,7 +8,7 @@ The rules:
   again soon. After a second failed segment the operator keeps it out, and we ask no more of it.
 - A node that others have accused and that the operator keeps out is *rechecked* by challenges of
   our own. Two failed segments confirm it; ten right ones and no failed one say that it was not
-  reproduced.
+  reproduced. Either way it is for the operator and others then.
 - What was not measured (nothing shown, no second opinion) is no verdict.
 """
 
@@ -45,6 +45,8 @@ class Case(Enum):
     RECHECK = "recheck"
     ACCUSED = "accused"
     """We have found two failed segments: it is for the operator and others now."""
+    CLEARED = "cleared"
+    """We could not reproduce what others have found: so is this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +105,10 @@ class Docket:
         ]
 
     @property
-    def accused(self) -> list[PeerId]:
-        """Nodes of which we have found enough."""
-        return sorted(
-            node for node, known in self._known.items() if known.case == Case.ACCUSED.value
-        )
+    def told(self) -> list[PeerId]:
+        """Nodes of which we have found enough, and which the operator has not decided about."""
+        ours = (Case.ACCUSED.value, Case.CLEARED.value)
+        return sorted(node for node, known in self._known.items() if known.case in ours)
 
     def rechecks(self, quarantined: Collection[PeerId]) -> list[PeerId]:
         """The operator's list, without what is ours: new ones become cases, those that are not on
@@ -178,7 +179,7 @@ class Docket:
         return outcome
 
     def decided(self, node: PeerId) -> None:
-        """A node that we have accused is no longer kept out: it was revoked, or cleared."""
+        """A node that we have judged is no longer kept out: it was revoked, or is free."""
         self._known[node] = _closed(self.of(node))
 
     def _note(self, node: PeerId, known: Known) -> None:
@@ -195,7 +196,7 @@ class Docket:
 def _right(known: Known) -> tuple[Known, str]:
     right = known.right + 1
     if known.case == Case.RECHECK.value and right >= RIGHT_FOR_RECHECK and not known.failed:
-        return _closed(known), "not_reproduced"
+        return replace(_closed(known), case=Case.CLEARED.value), "not_reproduced"
     wanted = RIGHT_FOR_RECHECK if known.case == Case.RECHECK.value else RIGHT_FOR_SUSPECT
     if known.is_open and right >= wanted:
         # One failed segment and many right ones confirm nothing: it stays with what was said.

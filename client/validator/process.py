@@ -173,8 +173,8 @@ class Validator:
             wanted = [PeerId(each.node) for each in listed if each.organisation != mine]
             changed = self._docket.rechecks(wanted)
             untold = {each.node for each in self._state.waiting}
-            for node in self._docket.accused:
-                # Not listed, although it was told: revoked, or cleared by somebody else.
+            for node in self._docket.told:
+                # Not listed, although it was told: revoked, or free again.
                 if node not in wanted and node not in untold:
                     self._standings.forget(node)
                     self._docket.decided(node)

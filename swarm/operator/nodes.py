@@ -148,7 +148,8 @@ def take_verdict(journal: Journal, policy: Policy, sealed: Envelope, now: int) -
 
     Each validating organisation counts once for a segment. Two failed segments freeze the escrow
     and keep the node out. What takes it: enough organisations that each found two failed segments
-    by challenges of their own, or that have signed the same one.
+    by challenges of their own, or that have signed the same one. What gives it free: as many that
+    say ``not_reproduced`` while it is kept out.
     """
     verdict = parse(Verdict, sealed)
     signers = sealed.signers()
@@ -180,25 +181,18 @@ def take_verdict(journal: Journal, policy: Policy, sealed: Envelope, now: int) -
                 "UPDATE node SET clean_audits = clean_audits + 1 WHERE node = ?", (verdict.node,)
             )
             return str(state)
-        return _found_guilty_or_not(journal, policy, sealed, verdict, state, now)
+        said = sha256(sealed.payload + b"".join(sorted(signers))).hexdigest()
+        detail = {"verdict": sealed.to_json()}
+        journal.post(Event("verdict", f"verdict:{said}", now, (), detail))
+        if verdict.outcome == "failed":
+            return _failed(journal, policy, verdict.node, state, now)
+        return _not_reproduced(journal, policy, verdict.node, state)
 
 
-def _found_guilty_or_not(
-    journal: Journal, policy: Policy, sealed: Envelope, verdict: Verdict, state: str, now: int
-) -> str:
+def _failed(journal: Journal, policy: Policy, node: str, state: str, now: int) -> str:
     db = journal.db
-    node = verdict.node
-    event_id = f"verdict:{sha256(sealed.payload).hexdigest()}:{len(sealed.signatures)}"
-    detail = {"verdict": sealed.to_json()}
     db.execute("UPDATE node SET clean_audits = 0 WHERE node = ?", (node,))
     db.execute("DELETE FROM probe WHERE node = ?", (node,))
-    if verdict.outcome == "not_reproduced":
-        # bad memory or a bad driver: start again, with nothing lost
-        state = ACTIVE
-        db.execute("DELETE FROM verdict WHERE node = ? AND outcome = 'failed'", (node,))
-        db.execute("UPDATE node SET state = ? WHERE node = ?", (state, node))
-        journal.post(Event("verdict", event_id, now, (), detail))
-        return state
     (segments, agreed) = db.execute(
         "SELECT COUNT(DISTINCT segment), MAX(signers) FROM (SELECT segment, COUNT(*) AS signers"
         " FROM verdict WHERE node = ? AND outcome = 'failed' GROUP BY segment)",
@@ -210,14 +204,38 @@ def _found_guilty_or_not(
         " GROUP BY organisation HAVING COUNT(DISTINCT segment) >= ?)",
         (node, FAILED_SEGMENTS),
     ).fetchone()
-    journal.post(Event("verdict", event_id, now, (), detail))
     if segments >= FAILED_SEGMENTS:
         state = QUARANTINED
-        if max(agreed, certain) >= policy.validators_to_forfeit:
+        if max(agreed, certain) >= policy.validators_to_decide:
             state = REVOKED
             _forfeit(journal, node, now)
         db.execute("UPDATE node SET state = ? WHERE node = ?", (state, node))
     return state
+
+
+def _not_reproduced(journal: Journal, policy: Policy, node: str, state: str) -> str:
+    """Bad memory or a bad driver, or a false accusation: it starts again, with nothing lost."""
+    db = journal.db
+    if state == QUARANTINED:
+        (agreed,) = db.execute(
+            "SELECT COUNT(DISTINCT organisation) FROM verdict JOIN organisation ON key = signer"
+            " WHERE node = ? AND outcome = 'not_reproduced' AND may_validate",
+            (node,),
+        ).fetchone()
+        if agreed < policy.validators_to_decide:
+            return state
+        db.execute("UPDATE node SET state = ?, clean_audits = 0 WHERE node = ?", (ACTIVE, node))
+        _close(journal, node, "failed")
+    # Of a node that is not kept out it is no word about a later quarantine.
+    _close(journal, node, "not_reproduced")
+    return ACTIVE
+
+
+def _close(journal: Journal, node: str, outcome: str) -> None:
+    """These verdicts have done what they do. They stay, so that nobody brings them in again."""
+    journal.db.execute(
+        "UPDATE verdict SET outcome = 'closed' WHERE node = ? AND outcome = ?", (node, outcome)
+    )
 
 
 def quarantined(journal: Journal, after: str) -> list[dict[str, object]]:

@@ -39,7 +39,8 @@ class Policy:
     """What each payer may always pay each node of public money, within 30 days."""
     grace_s: int = 48 * 3600
     """How long after its end an allowance still settles."""
-    validators_to_forfeit: int = 2
-    """So many validating organisations must sign that a node cheated before it loses its escrow."""
+    validators_to_decide: int = 2
+    """So many validating organisations must agree that a node cheated before it loses its escrow,
+    and that it did not before its quarantine ends."""
     minimum_node_age_s: int = 24 * 3600
     """A node is paid for subsidised work only if it was enrolled so long before the allowance."""

@@ -136,7 +136,7 @@ def _policy(content: dict[str, Any], operator_key: bytes, path: Path) -> Policy:
         raise ConfigError(f"{path}: unknown policy {sorted(unknown)[0]!r}")
     for name, value in values.items():
         expected = str if name.endswith("budget") else int
-        least = 1 if name in ("nodes_per_allowance", "validators_to_forfeit") else 0
+        least = 1 if name in ("nodes_per_allowance", "validators_to_decide") else 0
         if type(value) is not expected or (isinstance(value, int) and value < least):
             raise ConfigError(f"{path}: {name} is a {expected.__name__}, at least {least}")
     mint_keys = frozenset(_public_key(str(text)) for text in content["mint_keys"])

@@ -33,6 +33,9 @@ GRACE_S = 48 * 3600
 WIDTH = 10
 COUNTS = ((1, 1, 0), (1, 200, 1), (2, 200, 7), (2, 1, 90), (3, 200, 90))
 """Sequence, prefill and decode tokens: some pairs agree, some contradict each other."""
+OUTCOMES = ("failed", "not_reproduced", "failed", "passed")
+SIGNERS = (("lab",), ("telco",), ("bureau",), ("lab", "telco"))
+"""Who signs a verdict."""
 JUMPS_S = (60, 3600, 25 * 3600, 60 * 3600, 80 * 3600)
 
 
@@ -52,6 +55,44 @@ class Known:
     @property
     def used(self) -> int:
         return sum(self.paid.values())
+
+
+@dataclass
+class Case:
+    """What the oracle knows of a node: who has said what of it, and what follows."""
+
+    state: str = "active"
+    said: dict[tuple[int, str], str] = field(default_factory=dict)
+    """By segment and organisation; empty for what is over."""
+
+    def judged(self, outcome: str, segment: int, signers: tuple[str, ...]) -> str:
+        news = [name for name in signers if (segment, name) not in self.said]
+        self.said |= {(segment, name): outcome for name in news}
+        if not news or self.state == "revoked":
+            return self.state
+        if outcome == "failed":
+            by_segment = self._by(0, "failed")
+            by_organisation = self._by(1, "failed")
+            both = any(len(names) > 1 for names in by_segment.values())
+            each = sum(len(segments) > 1 for segments in by_organisation.values())
+            if len(by_segment) > 1:
+                self.state = "revoked" if both or each > 1 else "quarantined"
+        if outcome == "not_reproduced":
+            is_kept_out = self.state == "quarantined"
+            if is_kept_out and len(self._by(1, "not_reproduced")) < 2:
+                return self.state
+            over = ("not_reproduced", "failed") if is_kept_out else ("not_reproduced",)
+            self.said |= {place: "" for place, word in self.said.items() if word in over}
+            self.state = "active"
+        return self.state
+
+    def _by(self, part: int, outcome: str) -> dict[int | str, list[int | str]]:
+        """Segments by organisation, or organisations by segment."""
+        found: dict[int | str, list[int | str]] = {}
+        for place, word in self.said.items():
+            if word == outcome:
+                found.setdefault(place[part], []).append(place[1 - part])
+        return found
 
 
 @dataclass(frozen=True)
@@ -97,6 +138,8 @@ class Start(World):
     """An operator that has money, nodes and users already: made once, copied for each run."""
 
     clients: tuple[Client, ...] = ()
+    signed: tuple[Signed, ...] = ()
+    """Vouchers of the first client, one for each node, that were settled."""
     database: bytes = b""
     replayed: Replayed = field(default_factory=lambda: Replayed(()))
 
@@ -111,6 +154,7 @@ def _start() -> Start:
     start.organisation("uni")
     start.organisation("lab", may_validate=True)
     start.organisation("telco", may_validate=True)
+    start.organisation("bureau", may_validate=True)
     start.enrol("volunteer", payout="donor")
     start.enrol("certified", organisation="uni")
     start.enrol("third")
@@ -119,6 +163,12 @@ def _start() -> Start:
         start.request("bob", 30_001),
         start.request("", 30_001, ANONYMOUS),
     )
+    start.signed = tuple(
+        Signed(start.clients[0].voucher(node, 7, 1, 2), 0, node, 2, is_genuine=True)
+        for node in NODES
+    )
+    for each in start.signed:
+        start.settle(each.node, each.envelope)
     journal = start.books.journal
     start.replayed = Replayed(terms.mint_keys)
     for leaf in journal.leaves(0, journal.size):
@@ -140,8 +190,12 @@ class OperatorMachine(RuleBasedStateMachine):
         self.world.books = books
         self.allowances = [Known(client) for client in start.clients]
         self.signed: list[Signed] = []
+        for each in start.signed:
+            price = price_of(each.envelope)
+            for amounts in (self.allowances[0].best, self.allowances[0].paid):
+                amounts[each.node, each.session] = price
         self.replayed = copy.deepcopy(start.replayed)
-        self.segments = 0
+        self.cases = {node: Case() for node in NODES}
 
     # --- what people do ---
     @rule(account=st.sampled_from(ACCOUNTS), units=st.sampled_from((16, 30_001, 400_000)))
@@ -242,24 +296,35 @@ class OperatorMachine(RuleBasedStateMachine):
             if self.world.now > known.client.allowance.expires_unix_s + GRACE_S:
                 known.is_open = False
 
-    @rule(node=st.sampled_from(NODES), outcome=st.sampled_from(("passed", "failed", "failed")))
-    def judge(self, node: str, outcome: str) -> None:
-        self.segments += 1
-        self.world.verdict(node, outcome, self.segments, "lab", "telco")
+    @rule(
+        node=st.sampled_from(NODES),
+        words=st.lists(
+            st.tuples(st.sampled_from(OUTCOMES), st.integers(0, 9), st.sampled_from(SIGNERS)),
+            min_size=2,
+            max_size=6,
+        ),
+    )
+    def judge(self, node: str, words: list[tuple[str, int, tuple[str, ...]]]) -> None:
+        """What one organisation found or two have signed, at times what was posted before."""
+        for outcome, segment, signers in words:
+            number = NODES.index(node) * 10 + segment
+            state = self.world.verdict(node, outcome, number, *signers)
+            assert state == self.cases[node].judged(outcome, segment, signers)
 
     @precondition(lambda self: self.signed)
     @rule(
         node=st.sampled_from(NODES),
         which=st.integers(0, 99),
-        statements=st.integers(0, 25),
+        left_out=st.integers(0, 25),
         restarts=st.booleans(),
     )
-    def fail(self, node: str, which: int, statements: int, restarts: bool) -> None:
+    def fail(self, node: str, which: int, left_out: int, restarts: bool) -> None:
         """A settlement that fails midway leaves nothing, whether or not the process lives."""
         books = self.world.books
         journal = books.journal
         connection = journal.db
-        journal.db = FaultyConnection(connection, statements)  # type: ignore[assignment]
+        # A payment takes 25 statements; most is to be undone near their end.
+        journal.db = FaultyConnection(connection, 25 - left_out)  # type: ignore[assignment]
         chosen = self.signed[which % len(self.signed)]
         try:
             outcomes = self.world.settle(node, chosen.envelope)
@@ -271,6 +336,7 @@ class OperatorMachine(RuleBasedStateMachine):
             journal.db = connection
         if restarts:
             books.journal = self.journal_class(connection)
+        self.present(chosen.node, [chosen])  # the node tries again
 
     # --- what holds always ---
     @invariant()

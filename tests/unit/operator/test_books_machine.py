@@ -1,4 +1,4 @@
-"""2,000 random histories of an operator, and nine ways to break its books that they must find."""
+"""2,000 random histories of an operator, and eleven ways to break its books that they must find."""
 
 from __future__ import annotations
 
@@ -64,6 +64,12 @@ FAULTS: dict[str, tuple[ModuleType, str, str]] = {
         nodes,
         'journal.db.execute("DELETE FROM lot WHERE node = ?", (node,))',
         "pass",
+    ),
+    "one organisation frees a node": (nodes, "agreed < policy.validators_to_decide", "False"),
+    "what is over can be brought in again": (
+        nodes,
+        "UPDATE verdict SET outcome = 'closed' WHERE node = ? AND outcome = ?",
+        "DELETE FROM verdict WHERE node = ? AND outcome = ?",
     ),
 }
 

@@ -35,6 +35,10 @@ def waiting(w: World, node: str) -> int:
     return w.books.journal.balance(f"escrow:{peer(node)}")
 
 
+def clean_audits(w: World, node: str) -> int:
+    return int(w.books.node(peer(node))["clean_audits"])
+
+
 def test_a_volunteer_waits_for_its_record_and_then_for_three_days() -> None:
     w = world("lab")
     w.enrol("node", payout="donor")
@@ -127,15 +131,56 @@ def test_whose_verdicts_no_longer_count_confirms_nothing() -> None:
     assert waiting(w, "node") == EARNED
 
 
-def test_what_cannot_be_reproduced_costs_the_record_only() -> None:
-    w = world("lab", "telco")
+def test_what_two_organisations_cannot_reproduce_costs_the_record_only() -> None:
+    w = world("liar", "lab", "telco")
     w.enrol("node")
     earn(w, "node")
+    for segment in (1, 2):
+        w.verdict("node", "failed", segment, "liar")
+    assert w.verdict("node", "passed", 3, "lab") == QUARANTINED
+    assert w.verdict("node", "not_reproduced", 4, "lab") == QUARANTINED
+    assert w.verdict("node", "not_reproduced", 5, "lab") == QUARANTINED  # the same one again
+    assert [each["node"] for each in w.books.quarantined("")] == [peer("node")]
+    assert w.verdict("node", "not_reproduced", 6, "telco") == ACTIVE
+    assert w.books.quarantined("") == []
+    assert (waiting(w, "node"), clean_audits(w, "node")) == (EARNED, 0)
+    # What was said of it then is over: posted again by whoever read the log, and as a first word.
+    for segment in (1, 2):
+        assert w.verdict("node", "failed", segment, "liar") == ACTIVE
+    assert w.verdict("node", "failed", 7, "liar") == ACTIVE
+    assert w.verdict("node", "failed", 8, "liar") == QUARANTINED
+    assert w.verdict("node", "not_reproduced", 4, "lab") == QUARANTINED
+    assert w.verdict("node", "not_reproduced", 9, "telco") == QUARANTINED
+    assert w.verdict("node", "not_reproduced", 10, "lab") == ACTIVE
+
+
+def test_one_organisation_does_not_free_its_friend() -> None:
+    w = world("lab", "telco", "friend")
+    w.enrol("node")
+    earn(w, "node")
+    # Said before there is anything to be said, it takes nothing back and does not count later.
     w.verdict("node", "failed", 1, "lab")
-    w.verdict("node", "failed", 2, "lab")
-    assert w.verdict("node", "not_reproduced", 3, "lab", "telco") == ACTIVE
-    assert w.verdict("node", "failed", 4, "lab") == ACTIVE
+    assert w.verdict("node", "not_reproduced", 2, "friend", "telco") == ACTIVE
+    assert w.verdict("node", "failed", 3, "lab") == QUARANTINED
+    for segment in range(4, 20):
+        assert w.verdict("node", "not_reproduced", segment, "friend") == QUARANTINED
+    # Nor does one of whom the operator does not hear any more.
+    w.now += 1
+    w.organisation("friend", may_validate=False)
+    assert w.verdict("node", "not_reproduced", 20, "lab") == QUARANTINED
     assert waiting(w, "node") == EARNED
+    for segment in (21, 22):
+        w.verdict("node", "failed", segment, "telco")
+    assert w.books.node(peer("node"))["state"] == REVOKED
+
+
+def test_what_is_not_reproduced_of_a_node_that_is_not_kept_out_changes_nothing() -> None:
+    w = world("lab", "friend")
+    w.enrol("node")
+    for segment in range(5):
+        w.verdict("node", "passed", segment, "lab")
+    assert w.verdict("node", "not_reproduced", 6, "friend") == ACTIVE
+    assert clean_audits(w, "node") == 5
 
 
 def test_only_validators_judge_and_not_their_own() -> None:

@@ -71,3 +71,9 @@ def test_an_operator_that_never_told_whose_key_it_is_must_be_there(files: Path) 
 def test_nothing_is_shown_before_there_is_anything(files: Path) -> None:
     result = runner.invoke(app, ["validator", "show", "--state", str(files / "state")])
     assert result.exit_code == EXIT_USAGE
+    said = " ".join(result.stderr.split())
+    assert f"there is no {files / 'state'}, which swarm validator run makes" in said
+    assert "--state" in said
+    result = runner.invoke(app, ["validator", "show", "--state", str(files / "letters.txt")])
+    assert result.exit_code == EXIT_USAGE
+    assert "letters.txt" in result.stderr

@@ -52,9 +52,9 @@ def test_one_failed_segment_makes_a_suspect_and_two_are_enough() -> None:
     assert docket.open_cases((A, B, C), NOW) == []
     drawn = {docket.next_target((A, B), NOW, random.Random(seed)) for seed in range(50)}
     assert drawn == {Target(B)}  # nothing more is asked of it
-    assert docket.accused == [A]
+    assert docket.told == [A]
     docket.decided(A)
-    assert docket.accused == []
+    assert docket.told == []
     assert docket.of(A).case == ""
 
 
@@ -102,7 +102,21 @@ def test_what_is_right_ten_times_was_not_reproduced() -> None:
     docket.rechecks([A])
     said = found(docket, A, *[Found.PASSED] * RIGHT_FOR_RECHECK)
     assert said == ["passed"] * (RIGHT_FOR_RECHECK - 1) + ["not_reproduced"]
+    # It takes another organisation too: until it is free nothing more is asked of it.
+    assert docket.of(A).case == Case.CLEARED.value
+    assert docket.rechecks([A]) == []
+    assert target(docket, A, B) == Target(B)
+    assert docket.told == [A]
+    # What it fails meanwhile is told like anybody's.
+    assert found(docket, A, Found.PASSED, Found.FAILED, Found.FAILED) == [
+        "passed",
+        "failed",
+        "failed",
+    ]
+    assert docket.of(A).case == Case.ACCUSED.value
+    docket.decided(A)
     assert docket.of(A).case == ""
+    assert docket.rechecks([A]) == [A]  # kept out once more: looked at once more
     # One that failed once is neither cleared nor confirmed by us.
     docket.rechecks([B])
     said = found(docket, B, Found.FAILED, *[Found.PASSED] * RIGHT_FOR_RECHECK)
