@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import tempfile
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -34,6 +33,7 @@ from swarm.client.hops import SessionRequest
 from swarm.client.known_nodes import KnownNodes
 from swarm.client.ledger_store import ClientLedger, known_reputations
 from swarm.client.router import OLDEST_VIEW_S, READ_AGAIN_S, Router
+from swarm.client.temporary_folder import remove_abandoned_folders, temporary_folder
 from swarm.client.vouchers import Grant, issue_for_ourselves
 from swarm.client.weights import client_library, fetch_ends
 from swarm.clock_offset import ClockOffsets, CorrectedClock
@@ -148,8 +148,8 @@ class SwarmClient:
         async with AsyncExitStack() as stack:
             identity_path = settings.key_file
             if identity_path is None:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-client-"))
-                identity_path = Path(folder) / "identity.key"
+                await asyncio.to_thread(remove_abandoned_folders)
+                identity_path = stack.enter_context(temporary_folder()) / "identity.key"
             identity = Identity.load_or_create(identity_path)
             gate = settings.membership_files.require(identity.peer_id, LoopClock())
             network = await HivemindNetwork.create(
