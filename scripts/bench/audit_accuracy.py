@@ -355,7 +355,7 @@ def main() -> None:
         cheaper = decoding(runner, runner.hidden_states(ids), tally)
     if arguments.part in ("all", "backward"):
         # A few at a time: their gradients at every block are kept.
-        pieces = ids[: arguments.cheated].split(4)
+        pieces = torch.split(ids[: arguments.cheated], 4)
         for piece in track(pieces, "backward", console=Console(stderr=True)):
             backward(runner, piece, tally)
     rows = tally.rows()
