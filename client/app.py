@@ -28,7 +28,9 @@ from swarm.client.bound_client import BoundClient
 from swarm.client.chain import Chain, ChainObserver, ChainTimeouts
 from swarm.client.challenge_terms import ChallengeTerms
 from swarm.client.config import ClientSettings
-from swarm.client.finetune.chain import TrainingChain, TrainingChainRequest, TrainingTimeouts
+from swarm.client.finetune.auditing import TrainingAuditor
+from swarm.client.finetune.chain import TrainingChain, TrainingTimeouts
+from swarm.client.finetune.chain_request import TrainingChainRequest
 from swarm.client.hops import SessionRequest
 from swarm.client.known_nodes import KnownNodes
 from swarm.client.ledger_store import ClientLedger, known_reputations
@@ -129,6 +131,14 @@ class SwarmClient:
             reputations=self._reputations,
             ledger=ledger,
             challenge=challenge,
+        )
+        self.training_auditor = TrainingAuditor(
+            network,
+            clock=self._clock,
+            dice=self._random,
+            own=self._own,
+            reputations=self._reputations,
+            ledger=ledger,
         )
         self._resources = AsyncExitStack()
 
@@ -399,6 +409,8 @@ class SwarmClient:
             request = replace(request, policy=self._policy)
         if request.policy is not None:
             self._check_policy(request.policy)
+        if not self._audits:
+            request = replace(request, audited_micro_batches=0)
         needs = Needs(
             request.model_revision,
             request.number_of_blocks,
@@ -412,6 +424,7 @@ class SwarmClient:
             request,
             clock=self._clock,
             timeouts=timeouts,
+            auditor=self.training_auditor if self._audits else None,
         )
         self._own(chain.run())
         try:

@@ -10,6 +10,8 @@ Rules:
    snapshot with a new chain. A mistake of a peer changes nothing.
 3. Losing a neighbour is told to the client, who does the same.
 4. Optimizer steps are numbered: none is taken twice or left out.
+5. In an audited session the client is told hashes of what was handled before it may ask for it
+   (``training_record``).
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 
 from swarm.connection import Connection, error_message
 from swarm.node.engine.training_api import MicroBatch, TrainingRequest, TrainingSession
+from swarm.node.training_record import State, TrainingRecord
 from swarm.ports import Clock
 from swarm.protocol.errors import ErrorCode, NetworkError, ProtocolError
 from swarm.protocol.identity import PeerId
@@ -48,6 +51,7 @@ from swarm.training_parts import (
     TensorAssembly,
     backward_parts,
     forward_parts,
+    shown_parts,
     state_messages,
 )
 
@@ -98,6 +102,8 @@ class TrainingHop:
         self._returned = 0
         self._busy = 0
         self._state: StateAssembly | None = None
+        audited = request.audited_micro_batches
+        self._record = TrainingRecord(audited) if audited else None
         self._tasks: asyncio.TaskGroup | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._heard_s = clock.monotonic_s()
@@ -278,12 +284,16 @@ class TrainingHop:
 
     async def _forget(self, number: int) -> None:
         self._in_flight.pop(number, None)
+        if self._record is not None:
+            self._record.forget(number)
         await self._session.forget(number)
 
     async def _forward(self, micro_batch: MicroBatch, activations: WireTensor) -> None:
         output = await self._session.forward(micro_batch, activations)
         if not micro_batch.needs_gradient:
             self._passing -= 1
+        elif self._record is not None:
+            self._record.forwarded(micro_batch.number, activations, output)
         parts = forward_parts(
             micro_batch.number,
             micro_batch.lengths,
@@ -298,6 +308,8 @@ class TrainingHop:
         self._in_flight.pop(number, None)
         self._returned += 1
         self._up.put_nowait(list(backward_parts(number, into_inputs)))
+        if self._record is not None:
+            await self._control.send(await self._record.returned(number, gradients, into_inputs))
 
     async def _compute_all(self) -> None:
         while True:
@@ -356,10 +368,18 @@ class TrainingHop:
         self._enqueue(partial(self._apply, message))
 
     def ask_state(self, message: AskState) -> None:
-        """Raises ProtocolError for a state that is not the present one."""
-        if message.step != self._step or self._in_flight:
+        """Raises ProtocolError for a state that is not kept."""
+        kept = self._record.state(message.step) if self._record is not None else None
+        if kept is None and (message.step != self._step or self._in_flight):
             raise ProtocolError(ErrorCode.WRONG_OPTIMIZER_STEP, f"state of step {message.step}")
-        self._enqueue(self._send_state)
+        self._enqueue(partial(self._send_state, message.step, kept))
+
+    def show(self, number: int) -> None:
+        """Raises ProtocolError(UNKNOWN_MICRO_BATCH) for one that is not kept."""
+        if self._record is None:
+            raise ProtocolError(ErrorCode.UNKNOWN_MICRO_BATCH, "the session is not audited")
+        messages = shown_parts(number, self._record.shown(number))
+        self._enqueue(partial(self._send_control, list(messages)))
 
     def take_state(self, message: StatePart | StateEnd) -> None:
         """Raises ProtocolError(BAD_STATE) for tensors that the session does not have."""
@@ -383,15 +403,31 @@ class TrainingHop:
         await self._control.send(GradientNorm(step=step, square_sum=min(square_sum, 1e300)))
 
     async def _apply(self, message: ApplyGradients) -> None:
+        record, step = self._record, message.step
+        before = record.state(step - 1) if record is not None else None
+        if record is not None and before is None:
+            before = await self._exported()
         await self._session.apply(message.scale, message.learning_rate)
-        await self._control.send(GradientsApplied(step=message.step))
+        state_hash = b""
+        if record is not None and before is not None:
+            state_hash = await record.stepped(step, before, await self._exported())
+        await self._control.send(GradientsApplied(step=step, state_hash=state_hash))
 
-    async def _send_state(self) -> None:
-        for message in state_messages(self._step, await self._session.export_state()):
+    async def _exported(self) -> State:
+        return dict(await self._session.export_state())
+
+    async def _send_state(self, step: int, kept: State | None) -> None:
+        state = kept if kept is not None else await self._exported()
+        await self._send_control(state_messages(step, tuple(state.items())))
+
+    async def _send_control(self, messages: Iterable[Message]) -> None:
+        for message in messages:
             await self._control.send(message)
 
     async def _restore(self, step: int, tensors: dict[str, WireTensor]) -> None:
         await self._session.import_state(tensors)
+        if self._record is not None:
+            self._record.clear()
         self._in_flight.clear()
         self._step, self._returned = step, 0
         await self._control.send(StateRestored(step=step))

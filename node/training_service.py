@@ -38,6 +38,7 @@ from swarm.protocol.messages import (
     RouteReady,
     SessionClosed,
     SetRoute,
+    ShowMicroBatch,
     StateEnd,
     StatePart,
     TrainingOpened,
@@ -137,7 +138,10 @@ class TrainingService:
                     connection.maximum_payload_bytes = MAX_PAYLOAD_BYTES
                     await connection.send(
                         TrainingOpened(
-                            session_id=hop.session_id, reserved_bytes=session.reserved_bytes
+                            session_id=hop.session_id,
+                            reserved_bytes=session.reserved_bytes,
+                            dtype_class=session.dtype_class,
+                            audited_micro_batches=request.audited_micro_batches,
                         )
                     )
                     await self._read_control(connection, hop)
@@ -177,6 +181,8 @@ class TrainingService:
                         hop.apply(message)
                     case AskState():
                         hop.ask_state(message)
+                    case ShowMicroBatch():
+                        hop.show(message.micro_batch)
                     case StatePart() | StateEnd():
                         hop.take_state(message)
                     case SetRoute():
@@ -269,4 +275,6 @@ def training_request(message: OpenTraining) -> TrainingRequest:
         dtype = DType(message.wire_dtype)
     except ValueError:
         raise ProtocolError(ErrorCode.UNSUPPORTED_DTYPE) from None
-    return TrainingRequest(message.first_block, message.end_block, dtype, terms)
+    return TrainingRequest(
+        message.first_block, message.end_block, dtype, terms, message.audited_micro_batches
+    )

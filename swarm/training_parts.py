@@ -5,12 +5,22 @@ A receiver allocates what its session's terms allow and no more; parts come in o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 
+from swarm.ledger.transcript import tensor_hash
 from swarm.pieces import pieces
 from swarm.protocol.errors import ErrorCode, ProtocolError
-from swarm.protocol.messages import BackwardPart, ForwardPart, StateEnd, StatePart
+from swarm.protocol.messages import (
+    BackwardPart,
+    ForwardPart,
+    MicroBatchDone,
+    ShownPart,
+    StateEnd,
+    StatePart,
+)
 from swarm.protocol.tensors import ITEM_BYTES, DType, WireTensor
 
 PART_BYTES = 1 << 20
@@ -63,6 +73,49 @@ def state_messages(
     yield StateEnd(step=step, tensors=len(tensors))
 
 
+def state_hash(tensors: Mapping[str, WireTensor]) -> bytes:
+    """SHA-256 of a state, as GradientsApplied has it."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(name.encode() + b"\0" + tensor.shape[2].to_bytes(8, "big"))
+        digest.update(tensor.data)
+    return digest.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class HandledMicroBatch:
+    """What a hop was given for a micro-batch and what it sent on, each ``[1, tokens, hidden]``."""
+
+    activations_in: WireTensor
+    activations_out: WireTensor
+    gradients_in: WireTensor
+    gradients_out: WireTensor
+
+    @property
+    def tensors(self) -> tuple[WireTensor, WireTensor, WireTensor, WireTensor]:
+        return (
+            self.activations_in,
+            self.activations_out,
+            self.gradients_in,
+            self.gradients_out,
+        )
+
+    def done(self, micro_batch: int) -> MicroBatchDone:
+        """What binds a hop to it. Hashes: not for an event loop."""
+        return MicroBatchDone(micro_batch, *map(tensor_hash, self.tensors))
+
+
+def shown_parts(micro_batch: int, handled: HandledMicroBatch) -> Iterator[ShownPart]:
+    """The answer to ShowMicroBatch."""
+    for which, tensor in enumerate(handled.tensors):
+        size = tokens_per_part(tensor.shape[2], tensor.dtype)
+        for first_token, part in pieces(tensor, size):
+            yield ShownPart(
+                micro_batch=micro_batch, which=which, first_token=first_token, values=part
+            )
+
+
 class TensorAssembly:
     """One micro-batch's tensor ``[1, tokens, hidden]`` out of its parts."""
 
@@ -88,6 +141,24 @@ class TensorAssembly:
         if first_token + tokens < self._shape[1]:
             return None
         return WireTensor(self._dtype, self._shape, self._data)
+
+
+class ShownAssembly:
+    """The four tensors of a micro-batch out of their parts."""
+
+    def __init__(self, micro_batch: int, tokens: int, hidden_size: int, dtype: DType) -> None:
+        self._micro_batch = micro_batch
+        self._assemblies = [TensorAssembly(tokens, hidden_size, dtype) for _ in range(4)]
+        self._whole: list[WireTensor] = []
+
+    def add(self, part: ShownPart) -> HandledMicroBatch | None:
+        """All of it with the last part. Raises ProtocolError(GAP or BAD_TENSOR)."""
+        if (part.micro_batch, part.which) != (self._micro_batch, len(self._whole)):
+            raise ProtocolError(ErrorCode.GAP, "a part of what was shown is missing")
+        whole = self._assemblies[part.which].add(part.first_token, part.values)
+        if whole is not None:
+            self._whole.append(whole)
+        return HandledMicroBatch(*self._whole) if len(self._whole) == 4 else None
 
 
 class StateAssembly:

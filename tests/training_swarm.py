@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,14 @@ import torch
 
 from swarm.catalogue.checkpoint import Checkpoint
 from swarm.client.bans import FailureKind
-from swarm.client.finetune.chain import TrainingChain, TrainingChainRequest, TrainingTimeouts
+from swarm.client.finetune.audited_training import StepAuditor
+from swarm.client.finetune.auditing import TrainingAuditor
+from swarm.client.finetune.chain import TrainingChain, TrainingTimeouts
+from swarm.client.finetune.chain_request import TrainingChainRequest
 from swarm.client.finetune.ends import TrainingEnds
 from swarm.client.finetune.examples import Example
 from swarm.client.finetune.model import BaseModel, base_model
+from swarm.ledger.reputation import Standing
 from swarm.memory_network import LinkSettings, MemoryNetwork, MemoryPeer, MemorySettings
 from swarm.node.engine.engine import SpanEngine, load_engine_blocking
 from swarm.node.metrics import NodeMetrics
@@ -26,6 +30,7 @@ from swarm.protocol.errors import NoRouteError
 from swarm.protocol.identity import Identity, PeerId
 from swarm.routing import ChainPlan, Hop
 from swarm.virtual_time import LoopClock
+from tests.evil_training import EvilTraining
 
 VOCABULARY = 96
 
@@ -68,7 +73,10 @@ class TrainingNode:
 
 
 class Planner:
-    """Living nodes in their order, each as far as it reaches; sees deaths when it is asked."""
+    """Living nodes in their order, each as far as it reaches; sees deaths when it is asked.
+
+    Nodes that quarrelled are no neighbours any more.
+    """
 
     def __init__(self, swarm: TrainingSwarm) -> None:
         self._swarm = swarm
@@ -85,9 +93,10 @@ class Planner:
         hops: list[Hop] = []
         start = first_block
         while start < end_block:
-            for node in self._swarm.nodes:
+            for node in sorted(self._swarm.nodes, key=self._is_not_preferred):
                 engine, peer = node.engine, node.peer.peer_id
-                usable = node.is_alive and peer not in excluded
+                pair = {peer, hops[-1].peer_id} if hops else {peer}
+                usable = node.is_alive and peer not in excluded and pair not in self._swarm.apart
                 if usable and engine.first_block <= start < engine.end_block:
                     end = min(engine.end_block, end_block)
                     hops.append(Hop(peer, "a node", (), start, end))
@@ -97,6 +106,15 @@ class Planner:
                 raise NoRouteError(f"block {start} is lost", missing_blocks=(start,))
         return ChainPlan(tuple(hops), 0.0)
 
+    def _is_not_preferred(self, node: TrainingNode) -> tuple[bool, bool]:
+        """As the router does: who failed audits or hides comes last."""
+        peer, auditor = node.peer.peer_id, self._swarm.auditor
+        is_last = False
+        if isinstance(auditor, TrainingAuditor):
+            now_s = self._swarm.clock.unix_s()
+            is_last = auditor.reputations.standing(peer, now_s) is not Standing.USABLE
+        return is_last, peer not in self._swarm.preferred
+
     async def is_online(self) -> bool:
         return True
 
@@ -104,7 +122,7 @@ class Planner:
         return None
 
     def quarrelled(self, peers: Collection[PeerId]) -> None:
-        return None
+        self._swarm.apart.append(set(peers))
 
     def passed(self, hops: Sequence[Hop], reported_s: Sequence[float], step_s: float) -> None:
         return None
@@ -123,27 +141,45 @@ class TrainingSwarm:
         self.clock = LoopClock()
         self.nodes: list[TrainingNode] = []
         self.chains: list[TrainingChain] = []
+        self.preferred: set[PeerId] = set()
+        self.apart: list[set[PeerId]] = []
+        self.auditor: StepAuditor | None = None
         self._running: set[asyncio.Task[None]] = set()
 
     @property
     def base(self) -> BaseModel:
         return base_model(self.checkpoint, "float32")
 
-    async def add_node(self, first: int, end: int, **settings: Any) -> TrainingNode:
-        settings = {"cache_tokens": 1 << 17, "threads": 1, **settings}
+    def audit(self, dice: random.Random | None = None) -> TrainingAuditor:
+        """Let chains that are opened from now on be audited."""
+        auditor = TrainingAuditor(
+            self.client, clock=self.clock, dice=dice or random.Random(0), own=self.own
+        )
+        self.auditor = auditor
+        return auditor
+
+    async def add_node(
+        self,
+        first: int,
+        end: int,
+        *,
+        evil: EvilTraining | None = None,
+        weights: Checkpoint | None = None,
+        **settings: Any,
+    ) -> TrainingNode:
+        settings = {"cache_tokens": 1 << 17, "threads": 1, "dtype": "float32", **settings}
         engine = await asyncio.to_thread(
             load_engine_blocking,
-            self.checkpoint,
+            weights or self.checkpoint,
             first,
             end,
             device="cpu",
-            dtype="float32",
             **settings,
         )
         peer = self.network.join(Identity.generate())
         service = NodeService(
             peer,
-            engine,
+            engine if evil is None else evil.engine(engine),
             model_revision=self.checkpoint.revision,
             resolve=self._resolve,
             observer=NodeMetrics(),
@@ -164,11 +200,14 @@ class TrainingSwarm:
         self, request: TrainingChainRequest, timeouts: TrainingTimeouts | None = None
     ) -> TrainingChain:
         chain = TrainingChain(
-            self.client, Planner(self), request, clock=self.clock, timeouts=timeouts
+            self.client,
+            Planner(self),
+            request,
+            clock=self.clock,
+            timeouts=timeouts,
+            auditor=self.auditor,
         )
-        task = asyncio.create_task(chain.run())
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self.own(chain.run())
         try:
             await chain.opened()
         except BaseException:
@@ -176,6 +215,12 @@ class TrainingSwarm:
             raise
         self.chains.append(chain)
         return chain
+
+    def own(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run until it ends; :meth:`close` waits for it."""
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
 
     async def close(self) -> None:
         for chain in self.chains:

@@ -6,23 +6,27 @@ Activations and gradients go from hop to hop; the client sends and receives at t
 
 One task, :meth:`TrainingChain.run`, owns all reading; any task may call the other methods. When the
 chain fails, all of them raise the one reason.
+
+In an audited session hops say what they handle. Before the optimizer's step this is compared among
+them, and after it an auditor may look at what one of them did (``auditing``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from swarm.client.finetune.audited_training import AuditFailed, StepAuditor, TakenStep
+from swarm.client.finetune.chain_request import TrainingChainRequest, open_message
+from swarm.client.finetune.commitments import Commitments, Conflict
 from swarm.client.finetune.link import TrainingLink
 from swarm.client.healing import could_not_open
 from swarm.client.link import HopFailed
 from swarm.client.planner import Planner
 from swarm.client.results import require_finite
-from swarm.compute.lora import AdapterShape, Method
-from swarm.compute.training_terms import TrainingTerms
 from swarm.ports import Clock, Transport
 from swarm.protocol.errors import (
     ErrorCode,
@@ -44,16 +48,20 @@ from swarm.protocol.messages import (
     GradientNorm,
     GradientsApplied,
     Message,
-    OpenTraining,
+    MicroBatchDone,
     Ping,
     SetRoute,
     StateRestored,
 )
-from swarm.protocol.policy import Policy
-from swarm.protocol.tensors import DType, WireTensor
+from swarm.protocol.tensors import WireTensor
 from swarm.routing import ChainPlan
-from swarm.routing import Hop as PlannedHop
-from swarm.training_parts import TensorAssembly, backward_parts, forward_parts, state_messages
+from swarm.training_parts import (
+    TensorAssembly,
+    backward_parts,
+    forward_parts,
+    state_hash,
+    state_messages,
+)
 
 log = logging.getLogger(__name__)
 
@@ -76,21 +84,6 @@ class TrainingTimeouts:
     """Nothing came back for so long although something should."""
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingChainRequest:
-    """What a chain is opened for."""
-
-    model_revision: bytes
-    number_of_blocks: int
-    hidden_size: int
-    wire_dtype: DType
-    terms: TrainingTerms
-    maximum_state_elements_per_block: int
-    """More elements in a block's state are refused."""
-    policy: Policy | None = None
-    """Which peers may see anything of the training; None: all. Every hop checks it as well."""
-
-
 class TrainingChain:
     """All hops of one training session."""
 
@@ -102,13 +95,21 @@ class TrainingChain:
         *,
         clock: Clock,
         timeouts: TrainingTimeouts | None = None,
+        blocks: range | None = None,
+        auditor: StepAuditor | None = None,
+        excluded: Collection[PeerId] = (),
     ) -> None:
+        """``blocks``: all of the model if None. Peers that are ``excluded`` are no hops."""
+        self._blocks = blocks or range(request.number_of_blocks)
+        self._auditor = auditor
         self._transport = transport
         self._planner = planner
         self._request = request
         self._clock = clock
         self._timeouts = timeouts or TrainingTimeouts()
-        self._excluded: list[PeerId] = []
+        self._excluded = list(excluded)
+        self._commitments: Commitments | None = None
+        self._state_hashes: tuple[bytes, ...] = ()
         self._links: list[TrainingLink] = []
         self._plan = ChainPlan((), 0.0)
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -129,6 +130,19 @@ class TrainingChain:
     @property
     def plan(self) -> ChainPlan:
         return self._plan
+
+    @property
+    def request(self) -> TrainingChainRequest:
+        return self._request
+
+    @property
+    def planner(self) -> Planner:
+        return self._planner
+
+    @property
+    def links(self) -> Sequence[TrainingLink]:
+        """In the order of their blocks."""
+        return self._links
 
     @property
     def failure(self) -> SwarmError | None:
@@ -162,6 +176,8 @@ class TrainingChain:
                     await self._join()
                     if not self._opened.done():
                         self._opened.set_result(None)
+                    if self._auditor is not None:
+                        self._auditor.watch(self)
                     await self._closing.wait()
                 except SwarmError as error:
                     self._fail(error)
@@ -211,11 +227,12 @@ class TrainingChain:
     async def _open_all(self) -> None:
         failures: list[HopFailed] = []
         last: SwarmError | None = None
-        request = self._request
         while len(failures) < OPEN_ATTEMPTS:
             try:
                 plan = await self._planner.plan(
-                    0, request.number_of_blocks, excluded=self._excluded
+                    self._blocks.start,
+                    self._blocks.stop,
+                    excluded=[*self._excluded, *(self._auditor.wrong if self._auditor else ())],
                 )
             except NoRouteError as error:
                 last = error
@@ -225,6 +242,11 @@ class TrainingChain:
             links = [result for result in results if isinstance(result, TrainingLink)]
             if len(links) == len(results):
                 self._links, self._plan = links, plan
+                if self._request.audited_micro_batches:
+                    self._commitments = Commitments(
+                        [bool(link.audited_micro_batches) for link in links]
+                    )
+                    self._state_hashes = (b"",) * len(links)
                 return
             await asyncio.gather(*(link.close() for link in links))
             for result in results:
@@ -241,7 +263,7 @@ class TrainingChain:
         return await TrainingLink.open(
             self._transport,
             hop,
-            _open_message(self._request, hop, previous),
+            open_message(self._request, hop, previous),
             state_elements=(
                 self._request.maximum_state_elements_per_block * (hop.end_block - hop.first_block)
             ),
@@ -306,6 +328,8 @@ class TrainingChain:
                             message.gradients,
                             self._gradients,
                         )
+                    case MicroBatchDone() if self._commitments is not None:
+                        self._commitments.add(self._links.index(link), message)
                     case Draining():
                         self.draining = True
                     case _:
@@ -339,6 +363,11 @@ class TrainingChain:
             return
         del self._arriving[kind]
         del waiting[number]
+        if self._commitments is not None:
+            if kind is ForwardPart:
+                self._commitments.received(number, whole)
+            else:
+                self._commitments.received_gradients(number, whole)
         if number not in self._waiting_for_gradient or kind is BackwardPart:
             del self._tokens[number]
         if not future.done():
@@ -377,6 +406,10 @@ class TrainingChain:
             self._tokens[number] = tokens
             if needs_gradient:
                 self._waiting_for_gradient.add(number)
+                if self._commitments is not None:
+                    self._commitments.sent(
+                        number, tuple(lengths), activations, use_adapter=use_adapter
+                    )
             for message in forward_parts(
                 number,
                 tuple(lengths),
@@ -413,6 +446,8 @@ class TrainingChain:
         future: asyncio.Future[WireTensor] = asyncio.get_running_loop().create_future()
         async with self._sending_up:
             self._gradients[number] = future
+            if self._commitments is not None:
+                self._commitments.sent_gradients(number, gradients)
             for message in backward_parts(number, gradients):
                 await self._send(self._links[-1], message)
         try:
@@ -424,6 +459,8 @@ class TrainingChain:
         """No gradient will be sent for a micro-batch whose output has come."""
         self._waiting_for_gradient.discard(number)
         self._tokens.pop(number, None)
+        if self._commitments is not None:
+            self._commitments.forget(number)
         if self._failure is None:
             for link in self._links:
                 await self._send(link, ForgetMicroBatch(micro_batch=number))
@@ -443,15 +480,68 @@ class TrainingChain:
         ``own_square_sum`` is of gradients that the client holds. ``maximum_norm`` 0: no clipping.
         Returns the norm before clipping and the factor, which the client applies to its own.
         """
-        question = AskGradientNorm(step=step, micro_batches=micro_batches)
-        norms = await self._ask_all(question, GradientNorm)
-        norm = (own_square_sum + sum(answer.square_sum for answer in norms)) ** 0.5
+        square_sums = await self.square_sums(step, micro_batches)
+        norm = (own_square_sum + sum(square_sums)) ** 0.5
         scale = 1.0
         if maximum_norm > 0:
             scale = min(1.0, maximum_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-        order = ApplyGradients(step=step, scale=scale, learning_rate=learning_rate)
-        await self._ask_all(order, GradientsApplied)
+        before = self._state_hashes
+        await self.apply_gradients(step, scale, learning_rate)
+        if self._commitments is not None:
+            micro_batches_done = self._commitments.take()
+            if self._auditor is not None:
+                taken = TakenStep(
+                    step,
+                    scale,
+                    learning_rate,
+                    micro_batches_done,
+                    square_sums,
+                    before,
+                    self._state_hashes,
+                )
+                await self._auditor.step_taken(self, taken)
         return norm, scale
+
+    async def square_sums(self, step: int, micro_batches: int) -> tuple[float, ...]:
+        """Of each hop's gradients. Raises HopFailed when hops contradict each other."""
+        question = AskGradientNorm(step=step, micro_batches=micro_batches)
+        norms = await self._ask_all(question, GradientNorm)
+        # Hops have said what they handled before they answer this.
+        if self._commitments is not None and (found := self._commitments.conflict()) is not None:
+            await self._contradicted(found, step)
+        return tuple(answer.square_sum for answer in norms)
+
+    async def apply_gradients(self, step: int, scale: float, learning_rate: float) -> None:
+        """Let all hops take a step."""
+        order = ApplyGradients(step=step, scale=scale, learning_rate=learning_rate)
+        applied = await self._ask_all(order, GradientsApplied)
+        self._state_hashes = tuple(answer.state_hash for answer in applied)
+
+    async def _contradicted(self, conflict: Conflict, step: int) -> None:
+        links = [self._links[place] for place in conflict.hops]
+        reason = AuditFailed(conflict.reason)
+        if self._auditor is not None:
+            peers = [link.hop.peer_id for link in links]
+            await self._auditor.contradicted(self, peers, step, reason)
+        self._hop_failed(links[0], reason)
+        self._check_alive()
+
+    async def begins_wrong(self, name: str) -> None:
+        """A hop's first state is not as it should be: the chain fails. Raises HopFailed."""
+        places = tuple(place for place, link in enumerate(self._links) if link.has(name))
+        await self._contradicted(Conflict(places, f"{name} begins with other values"), 0)
+
+    def refuted(self, peer: PeerId, reason: AuditFailed) -> None:
+        """An audit found that a hop computes something else: the chain fails."""
+        for link in self._links:
+            if link.hop.peer_id == peer:
+                self._hop_failed(link, reason)
+
+    async def audited(self) -> None:
+        """Wait for audits that run. Raises what the chain failed of."""
+        if self._auditor is not None:
+            await self._auditor.settled()
+        self._check_alive()
 
     async def export_state(self, step: int) -> dict[str, WireTensor]:
         """Adapter and optimizer of all blocks after ``step``."""
@@ -459,18 +549,37 @@ class TrainingChain:
         states = await asyncio.gather(
             *(link.ask_state(AskState(step=step), self._timeouts.stall_s) for link in self._links)
         )
+        await self._states_seen(states, step)
         return {name: tensor for state in states for name, tensor in state.items()}
+
+    async def _states_seen(self, states: Sequence[Mapping[str, WireTensor]], step: int) -> None:
+        """Remember the hashes of states, or compare them with what hops said of them."""
+        if self._commitments is None:
+            return
+        seen = tuple(await asyncio.to_thread(lambda: [state_hash(state) for state in states]))
+        for place, (said, found) in enumerate(zip(self._state_hashes, seen, strict=True)):
+            if said not in (b"", found):
+                await self._contradicted(Conflict((place,), "it shows another state"), step)
+        self._state_hashes = seen
 
     async def restore(self, step: int, tensors: Mapping[str, WireTensor]) -> None:
         """Let every hop go on from its part of a state, wherever that was taken."""
         self._check_alive()
-        await asyncio.gather(*(self._restore(link, step, tensors) for link in self._links))
+        states = [
+            {name: tensor for name, tensor in tensors.items() if link.has(name)}
+            for link in self._links
+        ]
+        restoring = zip(self._links, states, strict=True)
+        await asyncio.gather(*(self._restore(link, step, state) for link, state in restoring))
+        if self._commitments is not None:
+            self._commitments.take()
+            self._state_hashes = (b"",) * len(self._links)
+            await self._states_seen(states, step)
 
     async def _restore(
-        self, link: TrainingLink, step: int, tensors: Mapping[str, WireTensor]
+        self, link: TrainingLink, step: int, state: Mapping[str, WireTensor]
     ) -> None:
-        own = [(name, tensor) for name, tensor in tensors.items() if link.has(name)]
-        *parts, end = state_messages(step, own)
+        *parts, end = state_messages(step, tuple(state.items()))
         for part in parts:
             await self._send(link, part)
         await link.ask(end, StateRestored, self._timeouts.stall_s)
@@ -490,30 +599,3 @@ class TrainingChain:
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise self._failure
-
-
-def _open_message(request: TrainingChainRequest, hop: PlannedHop, previous: PeerId) -> OpenTraining:
-    terms: TrainingTerms = request.terms
-    shape: AdapterShape = terms.adapter
-    trains = shape.method is not Method.NONE
-    return OpenTraining(
-        model_revision=request.model_revision,
-        first_block=hop.first_block,
-        end_block=hop.end_block,
-        wire_dtype=int(request.wire_dtype),
-        previous_peer=previous,
-        maximum_tokens=terms.maximum_tokens,
-        micro_batches_in_flight=terms.micro_batches_in_flight,
-        method=int(shape.method),
-        optimizer=int(terms.optimizer.kind),
-        rank=shape.rank if trains else 0,
-        alpha=float(shape.alpha) if trains else 0.0,
-        target_modules=shape.target_modules if trains else (),
-        dropout=float(terms.dropout),
-        seed=terms.seed,
-        beta1=float(terms.optimizer.beta1),
-        beta2=float(terms.optimizer.beta2),
-        epsilon=float(terms.optimizer.epsilon),
-        weight_decay=float(terms.optimizer.weight_decay),
-        policy=b"" if request.policy is None else request.policy.to_bytes(),
-    )

@@ -9,7 +9,14 @@ from swarm.client.link import DIRECT_WITHIN_S, HopFailed
 from swarm.compute.lora import split_name
 from swarm.connection import Connection, PassportCheck, remote_error
 from swarm.ports import Clock, Transport
-from swarm.protocol.errors import ErrorCode, NetworkError, ProtocolError, SwarmError, UsageError
+from swarm.protocol.errors import (
+    ErrorCode,
+    NetworkError,
+    ProtocolError,
+    RemoteError,
+    SwarmError,
+    UsageError,
+)
 from swarm.protocol.messages import (
     MAX_PAYLOAD_BYTES,
     AskState,
@@ -24,15 +31,17 @@ from swarm.protocol.messages import (
     RouteReady,
     SessionClosed,
     SetRoute,
+    ShowMicroBatch,
+    ShownPart,
     StateEnd,
     StatePart,
     StateRestored,
     TrainingOpened,
 )
-from swarm.protocol.tensors import WireTensor
+from swarm.protocol.tensors import DType, WireTensor
 from swarm.protocol.version import STREAM_PROTOCOL
 from swarm.routing import Hop as PlannedHop
-from swarm.training_parts import StateAssembly
+from swarm.training_parts import HandledMicroBatch, ShownAssembly, StateAssembly
 
 CLOSE_S = 2.0
 
@@ -57,6 +66,8 @@ class TrainingLink:
         self.connection = connection
         self.session_id = opened.session_id
         self.reserved_bytes = opened.reserved_bytes
+        self.dtype_class = opened.dtype_class
+        self.audited_micro_batches = opened.audited_micro_batches
         self.heard_s = clock.monotonic_s()
         self._clock = clock
         self._state_elements = state_elements
@@ -65,6 +76,8 @@ class TrainingLink:
         self._announced: dict[str, int] = {}
         self._assembly = StateAssembly({})
         self._whole_state: dict[str, WireTensor] = {}
+        self._showing: ShownAssembly | None = None
+        self._shown: HandledMicroBatch | None = None
         self._pinging: asyncio.Task[None] | None = None
 
     @classmethod
@@ -124,10 +137,14 @@ class TrainingLink:
                 case StateEnd():
                     self._whole_state = self._assembly.finish(message)
                     self._settle(message)
+                case ShownPart():
+                    self._take_shown(message)
                 case RouteReady() | GradientNorm() | GradientsApplied() | StateRestored():
                     self._settle(message)
                 case SessionClosed():
                     self._settle(message)
+                case Error(code=ErrorCode.UNKNOWN_MICRO_BATCH) if ShownPart in self._expected:
+                    self._refuse(ShownPart, remote_error(message, self.hop.peer_id))
                 case Error():
                     raise remote_error(message, self.hop.peer_id)
                 case _:
@@ -180,6 +197,21 @@ class TrainingLink:
             raise HopFailed(self.hop, ProtocolError(ErrorCode.BAD_STATE, "of another step"))
         return state
 
+    async def show(
+        self, micro_batch: int, tokens: int, hidden_size: int, dtype: DType, timeout_s: float
+    ) -> HandledMicroBatch | None:
+        """What the hop handled; None if it refuses. Raises as :meth:`ask`."""
+        self._showing, self._shown = ShownAssembly(micro_batch, tokens, hidden_size, dtype), None
+        try:
+            await self.ask(ShowMicroBatch(micro_batch=micro_batch), ShownPart, timeout_s)
+        except RemoteError as error:
+            if error.code is not ErrorCode.UNKNOWN_MICRO_BATCH:
+                raise
+        finally:
+            self._showing = None
+        shown, self._shown = self._shown, None
+        return shown
+
     def fail(self, error: SwarmError) -> None:
         """Whoever waits for an answer gets this reason."""
         self._failure = error
@@ -213,6 +245,18 @@ class TrainingLink:
                 raise ProtocolError(ErrorCode.BAD_STATE, "larger than an adapter can be")
             self._assembly.expect(part.name, part.elements)
         self._assembly.add(part)
+
+    def _take_shown(self, part: ShownPart) -> None:
+        if self._showing is None or self._shown is not None:
+            raise ProtocolError(ErrorCode.UNEXPECTED_MESSAGE, "a micro-batch nobody asked for")
+        self._shown = self._showing.add(part)
+        if self._shown is not None:
+            self._settle(part)
+
+    def _refuse(self, kind: type[Message], error: SwarmError) -> None:
+        future = self._expected[kind]
+        if not future.done():
+            future.set_exception(error)
 
     def _settle(self, answer: Message) -> None:
         future = self._expected.get(type(answer))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from swarm.catalogue.checkpoint import Checkpoint
-from swarm.client.finetune.chain import TrainingChainRequest
+from swarm.client.finetune.chain_request import TrainingChainRequest
 from swarm.client.finetune.settings import FinetuneSettings
 from swarm.protocol.tensors import DType
 
+MOST_AUDITED_MICRO_BATCHES = 16
+"""Hops keep so many of a step; of steps with more the rest and the optimizer are not audited."""
 _STATE_TENSORS = 3
 """Parameter and moments."""
 _LINEARS = 32
@@ -58,4 +60,5 @@ def chain_request(
         wire_dtype=base.wire_dtype,
         terms=settings.terms(base.model_type, maximum_tokens),
         maximum_state_elements_per_block=elements,
+        audited_micro_batches=min(settings.batch_size, MOST_AUDITED_MICRO_BATCHES),
     )

@@ -109,6 +109,7 @@ class _Session:
         return norm
 
     def state(self) -> dict[str, torch.Tensor]:
+        self._background.run(self.chain.audited())
         state = self._background.run(self.chain.export_state(self.step))
         return {name: tensor_from_wire(wire).reshape(-1) for name, wire in state.items()}
 

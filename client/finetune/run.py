@@ -20,7 +20,8 @@ from swarm.catalogue.checkpoint import Checkpoint
 from swarm.catalogue.resolve import local_checkpoint
 from swarm.client.app import SwarmClient
 from swarm.client.config import ClientSettings
-from swarm.client.finetune.chain import TrainingChain, TrainingChainRequest
+from swarm.client.finetune.chain import TrainingChain
+from swarm.client.finetune.chain_request import TrainingChainRequest
 from swarm.client.finetune.ends import TrainingEnds
 from swarm.client.finetune.examples import (
     Example,

@@ -6,7 +6,8 @@ Rules:
    else: neither from the chain nor from what failed before.
 2. The state after every k-th step is on the client's disk, taken from all hops at the same step.
    When a chain breaks, a new one is opened, restored from the last state, and the steps since are
-   done again. So is it when the client itself starts again.
+   done again. So is it when the client itself starts again. No state is kept while an audit of a
+   step before it runs; when one finds a hop wrong, the chain breaks.
 3. A step counts when all hops have taken it. Losses of steps that are done again are replaced.
 """
 
@@ -22,7 +23,9 @@ from typing import Any, Protocol
 import torch
 
 from swarm.client.finetune.adapter_files import PROMPT, write_adapter
-from swarm.client.finetune.chain import TrainingChain, TrainingChainRequest
+from swarm.client.finetune.beginning import wrong_beginning
+from swarm.client.finetune.chain import TrainingChain
+from swarm.client.finetune.chain_request import TrainingChainRequest
 from swarm.client.finetune.ends import TrainingEnds
 from swarm.client.finetune.model import BaseModel, chain_request
 from swarm.client.finetune.objectives import Objective
@@ -225,7 +228,7 @@ class Trainer:
     # --- states
     async def _begin(self, chain: TrainingChain, snapshot: Snapshot | None) -> Snapshot:
         if snapshot is None:
-            return await self._save(chain)
+            return await self._save(chain, is_beginning=True)
         self._go_back(snapshot)
         state = {
             name: tensor_to_wire(tensor.reshape(1, 1, -1), DType.FLOAT32)
@@ -247,9 +250,12 @@ class Trainer:
             }
         )
 
-    async def _save(self, chain: TrainingChain) -> Snapshot:
+    async def _save(self, chain: TrainingChain, *, is_beginning: bool = False) -> Snapshot:
+        await chain.audited()  # a step that is refuted must be in no snapshot
         state = await chain.export_state(self._step)
         tensors = {name: _tensor(wire).reshape(-1) for name, wire in state.items()}
+        if is_beginning and (wrong := wrong_beginning(tensors, chain.request.terms)) is not None:
+            await chain.begins_wrong(wrong)
         for name, tensor in self._steps.own.export_state().items():
             tensors[name] = tensor.reshape(-1).clone()
         snapshot = Snapshot(self._step, tensors, tuple(self._losses), self._identity)

@@ -9,8 +9,6 @@ constant in the gradient.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from swarm.compute.initial_values import hash64, initial_a
 from swarm.compute.lora import LORA_A, LORA_B, MAGNITUDE, AdapterShape, Method, tensor_name
 
 
@@ -100,7 +99,7 @@ class AdapterShard:
 
     def _mask(self, like: torch.Tensor, key: tuple[int, str], micro_batch: int) -> torch.Tensor:
         """The same whenever and wherever it is made: a block may be computed again elsewhere."""
-        seed = _hash64(self.seed, "dropout", micro_batch, *key)
+        seed = hash64(self.seed, "dropout", micro_batch, *key)
         generator = torch.Generator().manual_seed(seed)
         kept: torch.Tensor = torch.rand(like.shape, generator=generator) >= self.dropout
         return kept.to(like.device, like.dtype).div_(1 - self.dropout)
@@ -139,18 +138,6 @@ class AdaptedLinear(nn.Module):
             plain: torch.Tensor = self.linear(inputs)
             return plain
         return stage.shard.output(self._key, self.linear, inputs, stage.micro_batch)
-
-
-def initial_a(shape: tuple[int, ...], seed: int, name: str) -> torch.Tensor:
-    """PEFT's distribution (Kaiming uniform), with values that depend on seed and name only."""
-    bound = 1 / math.sqrt(shape[1])
-    generator = torch.Generator().manual_seed(_hash64(seed, name))
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
-def _hash64(*parts: object) -> int:
-    digest = hashlib.sha256("\n".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _trained(values: torch.Tensor, beside: torch.Tensor) -> nn.Parameter:

@@ -42,7 +42,7 @@ from swarm.node.engine.training_api import MicroBatch, TrainingRequest
 from swarm.node.engine.training_batch import TrainingBatch
 from swarm.node.engine.worker import Worker
 from swarm.protocol.errors import ErrorCode, ProtocolError
-from swarm.protocol.tensors import DType, WireTensor
+from swarm.protocol.tensors import ITEM_BYTES, DType, WireTensor
 from swarm.threads import run_in_own_thread
 
 _log = logging.getLogger(__name__)
@@ -140,11 +140,14 @@ class SpanTraining:
         tokens_in_flight = terms.maximum_tokens * terms.micro_batches_in_flight
         inputs_bytes = (blocks + 3) * tokens_in_flight * span.hidden_size * item_bytes
         one_graph_bytes = per_token * terms.maximum_tokens
-        own_bytes = (
-            state_bytes(terms.optimizer.kind, adapter_elements(terms, linears))
-            + inputs_bytes
-            + one_graph_bytes
-        )
+        adapter_bytes = state_bytes(terms.optimizer.kind, adapter_elements(terms, linears))
+        own_bytes = adapter_bytes + inputs_bytes + one_graph_bytes
+        if request.audited_micro_batches:
+            # The states before and after a step, four tensors of each micro-batch that is kept,
+            # and two of those in flight.
+            tensors = 4 * request.audited_micro_batches + 2 * terms.micro_batches_in_flight
+            token_bytes = span.hidden_size * ITEM_BYTES[request.wire_dtype]
+            own_bytes += 2 * adapter_bytes + tensors * terms.maximum_tokens * token_bytes
         if self._trainable is None and not self._weights_bytes and needs_copy(span):
             # Reserved here and not with the session: it stays for the next one.
             self._weights_bytes = self._budget.admit_bytes(span.weight_bytes)
@@ -224,6 +227,10 @@ class SpanTrainingSession:
     @property
     def reserved_bytes(self) -> int:
         return self._reservation.total_bytes
+
+    @property
+    def dtype_class(self) -> str:
+        return str(self._span.dtype).removeprefix("torch.")
 
     @property
     def kept_graph_bytes(self) -> int:

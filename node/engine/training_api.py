@@ -23,6 +23,8 @@ class TrainingRequest:
     end_block: int
     wire_dtype: DType
     terms: TrainingTerms
+    audited_micro_batches: int = 0
+    """So many are kept by the session's owner, who needs memory for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,10 @@ class TrainingSession(Protocol):
 
     @property
     def reserved_bytes(self) -> int: ...
+
+    @property
+    def dtype_class(self) -> str:
+        """The precision that it computes in, by the names of audits."""
 
     @property
     def state_shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from swarm.protocol.messages.fields import (
+    DIGEST_BYTES,
     MAX_BLOCKS,
     MAX_POLICY_BYTES,
     MAX_STEP,
@@ -61,6 +62,9 @@ class OpenTraining(Message):
     beta2: float = wire(16, Real(0.0, 1.0), 0.999)
     epsilon: float = wire(17, Real(0.0, 1.0), 1e-8)
     weight_decay: float = wire(18, Real(0.0, 1e3), 0.0)
+    audited_micro_batches: int = wire(19, Uint(MAX_MICRO_BATCHES), 0)
+    """The hop says what it handled (MicroBatchDone, ``state_hash``) and keeps as many micro-batches
+    of a step, the latest ones, to show them; 0: neither."""
     policy: bytes = wire(40, Bytes(0, MAX_POLICY_BYTES), b"")
     """As of a session that answers (OpenSession)."""
 
@@ -72,6 +76,10 @@ class TrainingOpened(Message):
     TAG = 41
     session_id: bytes = wire(1, Bytes(SESSION_ID_BYTES, SESSION_ID_BYTES))
     reserved_bytes: int = wire(2, Uint(MAX_STEP), 0)
+    dtype_class: str = wire(3, Text(16), "")
+    """The precision that it computes in, as in SessionOpened."""
+    audited_micro_batches: int = wire(4, Uint(MAX_MICRO_BATCHES), 0)
+    """What it keeps; 0 of a hop that cannot be audited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +155,14 @@ class GradientsApplied(Message):
 
     TAG = 47
     step: int = wire(1, Uint(MAX_STEP))
+    state_hash: bytes = wire(2, Bytes(0, DIGEST_BYTES), b"")
+    """Of adapter and optimizer after the step; empty where nothing is audited."""
 
 
 @dataclass(frozen=True, slots=True)
 class AskState(Message):
     """Client to hop: send adapter and optimizer as they are after ``step``; answered by StateParts
-    and one StateEnd."""
+    and one StateEnd. In an audited session also the state before the last step."""
 
     TAG = 48
     step: int = wire(1, Uint(MAX_STEP))
@@ -197,3 +207,41 @@ class ForgetMicroBatch(Message):
 
     TAG = 52
     micro_batch: int = wire(1, Uint(MAX_STEP))
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchDone(Message):
+    """Hop to client, in an audited session: SHA-256 of what it was given for a micro-batch and what
+    it sent on. It comes before the hop can know whether anybody will look."""
+
+    TAG = 53
+    micro_batch: int = wire(1, Uint(MAX_STEP))
+    activations_in: bytes = wire(2, Bytes(DIGEST_BYTES, DIGEST_BYTES))
+    activations_out: bytes = wire(3, Bytes(DIGEST_BYTES, DIGEST_BYTES))
+    gradients_in: bytes = wire(4, Bytes(DIGEST_BYTES, DIGEST_BYTES))
+    """Of the loss by the hop's outputs."""
+    gradients_out: bytes = wire(5, Bytes(DIGEST_BYTES, DIGEST_BYTES))
+    """Of the loss by its inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShowMicroBatch(Message):
+    """Client to hop, after a step: send the tensors of one of its micro-batches."""
+
+    TAG = 54
+    micro_batch: int = wire(1, Uint(MAX_STEP))
+
+
+@dataclass(frozen=True, slots=True)
+class ShownPart(Message):
+    """A part of one of a micro-batch's tensors, ``[1, tokens, hidden]``.
+
+    ``which``: 0 to 3 in the order of MicroBatchDone. The tensors come one after the other, their
+    parts in the order of ``first_token``.
+    """
+
+    TAG = 55
+    micro_batch: int = wire(1, Uint(MAX_STEP))
+    which: int = wire(2, Uint(3))
+    first_token: int = wire(3, Uint(MAX_TOKENS))
+    values: WireTensor = wire(4, TensorField())

@@ -117,7 +117,7 @@ class SwarmTraining:
     """Steps through one open chain."""
 
     def __init__(self, chain: Any, steps: Any) -> None:
-        self._chain = chain
+        self.chain = chain
         self._steps = steps
         self._number = 0
 
@@ -168,13 +168,13 @@ class SwarmTraining:
         for _ in range(count):
             self._number += 1
             began_s = time.perf_counter()
-            await self._steps.take(self._chain, self._number)
+            await self._steps.take(self.chain, self._number)
             took_s.append(time.perf_counter() - began_s)
         return took_s
 
     async def close(self) -> None:
         self._steps.close()
-        await self._chain.close()
+        await self.chain.close()
 
 
 async def against_peft(model: BenchModel, nodes: int, turns: int, steps: int) -> dict[str, Any]:

@@ -129,8 +129,8 @@ def by_peft(model_path: Path, steps: int, held_out: int) -> tuple[list[float], l
 
     from swarm.client.finetune.examples import Example, Order, TokenizerEncoder, read_examples
     from swarm.client.finetune.settings import FinetuneSettings, learning_rate
+    from swarm.compute.initial_values import initial_a
     from swarm.compute.lora import LORA_A
-    from swarm.node.engine.adapted_linear import initial_a
 
     settings = FinetuneSettings(
         learning_rate=RATE, batch_size=BATCH, rank=RANK, steps=steps, warmup_steps=WARMUP

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from swarm.client.finetune.chain import TrainingChain
 from swarm.client.finetune.examples import Example, Order, Pair
 from swarm.client.finetune.federated import adapter_names, change_vector, moved
+from swarm.client.finetune.model import base_model
 from swarm.client.finetune.objectives import (
     DirectPreferenceOptimization,
     Objective,
@@ -122,11 +123,13 @@ def make_trainer(
     settings: FinetuneSettings,
     output: Path,
     observer: TrainingObserver | None = None,
+    *,
+    dtype: str = "float32",
 ) -> Trainer:
     return Trainer(
         swarm.open_chain,
         load_ends(folder),
-        swarm.base,
+        base_model(swarm.checkpoint, dtype),
         settings,
         make_objective(settings),
         output,

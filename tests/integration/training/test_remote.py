@@ -12,7 +12,8 @@ import torch
 
 from swarm.client.app import SwarmClient
 from swarm.client.background import BackgroundLoop
-from swarm.client.finetune.chain import TrainingChain, TrainingChainRequest
+from swarm.client.finetune.chain import TrainingChain
+from swarm.client.finetune.chain_request import TrainingChainRequest
 from swarm.client.finetune.remote import TrainableSwarmModel
 from swarm.client.finetune.settings import FinetuneSettings
 from swarm.protocol.errors import UsageError

@@ -16,6 +16,7 @@ from swarm.client.finetune.settings import FinetuneSettings
 from swarm.client.link import HopFailed
 from swarm.compute.wire_tensors import tensor_to_wire
 from swarm.connection import Connection
+from swarm.ledger.transcript import tensor_hash
 from swarm.node.engine.training import SpanTrainingSession
 from swarm.protocol.errors import ErrorCode, RemoteError
 from swarm.protocol.identity import Identity
@@ -31,16 +32,20 @@ from swarm.protocol.messages import (
     GradientNorm,
     GradientsApplied,
     Message,
+    MicroBatchDone,
     OpenTraining,
     RouteReady,
     SessionClosed,
     SetRoute,
+    ShowMicroBatch,
+    ShownPart,
     StateEnd,
     StatePart,
     TrainingOpened,
 )
 from swarm.protocol.tensors import DType, WireTensor
 from swarm.protocol.version import STREAM_PROTOCOL
+from swarm.training_parts import HandledMicroBatch, state_hash
 from tests.training_swarm import TrainingSwarm, save_tiny_model, training_swarm
 
 torch.set_num_threads(1)
@@ -150,6 +155,68 @@ async def test_mistakes_change_nothing(folder: Path) -> None:
             if message.name.endswith("#step"):
                 steps.add(memoryview(bytes(message.values.data)).cast("f")[0])
         assert steps == {1.0}
+
+
+async def shown(stream: Connection, number: int) -> list[ShownPart]:
+    await stream.send(ShowMicroBatch(micro_batch=number))
+    return [await stream.receive_only(ShownPart) for _ in range(4)]
+
+
+async def state_of(stream: Connection, step: int) -> dict[str, WireTensor]:
+    await stream.send(AskState(step=step))
+    tensors = {}
+    while not isinstance(message := await stream.receive(), StateEnd):
+        assert isinstance(message, StatePart)
+        tensors[message.name] = message.values
+    assert message.step == step
+    return tensors
+
+
+async def test_an_audited_session_says_and_shows_what_it_handled(folder: Path) -> None:
+    """Of the latest micro-batches of the last step, and its states before and after it."""
+    async with training_swarm(folder, [(0, 2)]) as swarm:
+        asked = opening(swarm, audited_micro_batches=2)
+        async with session(swarm, asked) as stream:
+            said = {}
+            for number in (1, 2, 3):
+                await stream.send(forward(number, value=number / 10))
+                output = await stream.receive_only(ForwardPart)
+                await stream.send(backward(number))
+                gradient = await stream.receive_only(BackwardPart)
+                done = said[number] = await stream.receive_only(MicroBatchDone)
+                assert done.activations_out == tensor_hash(output.activations)
+                assert done.gradients_out == tensor_hash(gradient.gradients)
+            before = await state_of(stream, 0)
+            await stream.send(ApplyGradients(step=1, scale=1.0, learning_rate=0.1))
+            applied = await stream.receive_only(GradientsApplied)
+            after = await state_of(stream, 1)
+            assert state_hash(after) == applied.state_hash != state_hash(before)
+            assert state_hash(await state_of(stream, 0)) == state_hash(before)
+            unknown = ErrorCode.UNKNOWN_MICRO_BATCH
+            assert await refusal(stream, ShowMicroBatch(micro_batch=1)) is unknown  # too old
+            for number in (2, 3):
+                tensors = [part.values for part in await shown(stream, number)]
+                assert HandledMicroBatch(*tensors).done(number) == said[number]
+            await stream.send(forward(4))
+            await stream.receive_only(ForwardPart)
+            assert await refusal(stream, ShowMicroBatch(micro_batch=3)) is unknown
+            assert await refusal(stream, ShowMicroBatch(micro_batch=4)) is unknown
+            wrong_step = ErrorCode.WRONG_OPTIMIZER_STEP
+            assert await refusal(stream, AskState(step=2)) is wrong_step
+
+
+async def test_who_asks_for_no_audits_is_told_nothing(folder: Path) -> None:
+    async with training_swarm(folder, [(0, 2)]) as swarm, session(swarm, opening(swarm)) as stream:
+        await stream.send(forward(1))
+        await stream.receive_only(ForwardPart)
+        await stream.send(backward(1))
+        await stream.receive_only(BackwardPart)
+        await stream.send(ApplyGradients(step=1, scale=1.0, learning_rate=0.1))
+        assert (await stream.receive_only(GradientsApplied)).state_hash == b""
+        unknown = ErrorCode.UNKNOWN_MICRO_BATCH
+        assert await refusal(stream, ShowMicroBatch(micro_batch=1)) is unknown
+        wrong_step = ErrorCode.WRONG_OPTIMIZER_STEP
+        assert await refusal(stream, AskState(step=0)) is wrong_step
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e9])

@@ -320,6 +320,7 @@ class IdleTraining:
     """A training session of an engine that computes nothing."""
 
     reserved_bytes = 0
+    dtype_class = "float32"
 
     async def close(self) -> None:
         """Nothing is held."""

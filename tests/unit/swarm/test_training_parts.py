@@ -1,6 +1,7 @@
 """Micro-batches and states in parts: whole again, and nothing else is accepted."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -9,10 +10,14 @@ from swarm.protocol.errors import ErrorCode, ProtocolError
 from swarm.protocol.messages import StateEnd, StatePart
 from swarm.protocol.tensors import DType, WireTensor
 from swarm.training_parts import (
+    HandledMicroBatch,
+    ShownAssembly,
     StateAssembly,
     TensorAssembly,
     backward_parts,
     forward_parts,
+    shown_parts,
+    state_hash,
     state_messages,
 )
 
@@ -98,3 +103,50 @@ def test_states_that_do_not_fit_are_refused() -> None:
         assembly.add(part("b", 2, 0, flat(2, 1)))  # before the end of the other
     with pytest.raises(ProtocolError):
         assembly.finish(StateEnd(step=1, tensors=0))
+
+
+def handled(tokens: int) -> HandledMicroBatch:
+    return HandledMicroBatch(*(tensor(tokens, seed=seed) for seed in range(4)))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 10])
+def test_what_is_shown_is_whole_again_and_has_its_hashes(tokens: int) -> None:
+    sent = handled(tokens)
+    assembly = ShownAssembly(7, tokens, 8, DType.FLOAT32)
+    results = [assembly.add(part) for part in shown_parts(7, sent)]
+    assert results[:-1] == [None] * (len(results) - 1)
+    assert results[-1] is not None
+    assert results[-1].done(7) == sent.done(7)
+    assert len({sent.done(7).activations_in, sent.done(7).gradients_out}) == 2
+
+
+def test_shown_tensors_come_in_order_and_not_twice() -> None:
+    parts = list(shown_parts(7, handled(4)))
+    for wrong in (
+        parts[1],
+        parts[2],
+        replace(parts[0], micro_batch=8),
+    ):
+        with pytest.raises(ProtocolError) as error:
+            ShownAssembly(7, 4, 8, DType.FLOAT32).add(wrong)
+        assert error.value.code is ErrorCode.GAP
+    with pytest.raises(ProtocolError) as error:
+        ShownAssembly(7, 2, 8, DType.FLOAT32).add(parts[0])
+    assert error.value.code is ErrorCode.BAD_TENSOR
+
+
+def test_hash_of_a_state() -> None:
+    """Of names, sizes and values, in whatever order they are."""
+
+    def flat(data: bytes) -> WireTensor:
+        return WireTensor(DType.FLOAT32, (1, 1, len(data) // 4), data)
+
+    state = {"a": flat(b"1" * 8), "b": flat(b"2" * 4)}
+    assert state_hash(dict(reversed(state.items()))) == state_hash(state)
+    for other in (
+        {"a": state["a"]},
+        {"a": flat(b"1" * 8), "b": flat(b"3" * 4)},
+        {"a": flat(b"1" * 4), "b": flat(b"2" * 4)},
+        {"a": state["a"], "c": state["b"]},
+    ):
+        assert state_hash(other) != state_hash(state)
