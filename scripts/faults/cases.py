@@ -119,6 +119,11 @@ class CaseRunner:
                 outcome.problems.append(f"not finished within {CASE_TIMEOUT_S:.0f} s")
             finally:
                 await strike.close()
+        if strike.was_being_mended:
+            for fighter in strike.hurt:
+                self._arena.mend_soon(fighter)
+            await self._arena.mended()
+            return await self.run(case, task)
         session = strike.session or session
         outcome.duration_s = time.monotonic() - started_s
         outcome.load_average = os.getloadavg()[0]
@@ -190,6 +195,8 @@ class _Strike:
         self.session: Session | None = None
         self.hurt: list[Fighter] = []
         self.struck_s: float | None = None
+        self.was_being_mended = False
+        """A node that was to be hurt served again already, but was not yet known to."""
 
     async def prepare(self) -> None:
         """Note what metrics are now, so that their rise can be seen."""
@@ -253,6 +260,7 @@ class _Strike:
 
     def _hurt(self, fighter: Fighter, kind: str) -> None:
         if fighter.fault is not None:
+            self.was_being_mended |= fighter not in self.hurt
             return
         struck_s = self._arena.hurt(fighter, kind)
         self.hurt.append(fighter)
