@@ -25,6 +25,8 @@ to lose yet, and where all nodes are gone for good its user should hear of it.""
 HEAL_ATTEMPTS = 16
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 2.0
+REACHED_AGAIN_S = 15.0
+"""After an outage of our own: libp2p does not dial a peer for 5 s and more after it failed to."""
 LOOK_S = 0.5
 """Between two looks whether anybody answers; a look in vain takes seconds."""
 MENDS_WITHOUT_RESULT = 3
@@ -81,14 +83,14 @@ class Patience:
     async def outage_ended(self, planner: Planner) -> bool:
         """Wait while nobody at all answers: it is our own network then, and it may come back.
 
-        True when it was gone and is back; everybody has the usual time to be reached again.
+        True when it was gone and is back; everybody has some time to be reached again.
         """
         was_offline = False
         counted_s = self._tried_s
         while self._clock.monotonic_s() < self._started_s + self._offline_s:
             if await planner.is_online():
                 if was_offline:
-                    self._gives_up_s = self._clock.monotonic_s() + self._heal_s
+                    self._gives_up_s = self._clock.monotonic_s() + REACHED_AGAIN_S
                 return was_offline
             was_offline = True
             await self._clock.sleep(LOOK_S)

@@ -119,7 +119,7 @@ def organisation_runs(quick: bool) -> Iterator[tuple[Result, Callable[[], Any]]]
 def routing_runs(quick: bool) -> Iterator[tuple[Result, Callable[[], Any]]]:
     for nodes, blocks, load in ROUTING_ROWS[:1] if quick else ROUTING_ROWS:
         seconds = 60 if nodes >= 1000 or quick else 120
-        for seed in range(SEEDS if nodes < 1000 and not quick else 1):
+        for seed in range(SEEDS if nodes <= 1000 and not quick else 1):
             for strategy in Strategy:
                 if strategy is Strategy.ANNOUNCED and nodes > 100:
                     continue  # a choice among all nodes takes seconds there
