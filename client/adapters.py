@@ -112,7 +112,7 @@ async def fetch_files(stored: StoredRevision, library: Library) -> AnyAdapter:
         files = open_any_adapter(folder)
         check_described(files, stored.manifest)
         manifest = stored.manifest
-        return replace(files, catalogue_name=f"{manifest.name}@{manifest.revision.hex()}")
+        return replace(files, catalogue_name=reference_to(manifest))
 
     return await asyncio.to_thread(export)
 
@@ -141,11 +141,16 @@ def offer_of(manifest: Manifest, holders: int) -> OfferedAdapter:
     """An adapter as its manifest describes it."""
     return OfferedAdapter(
         manifest.name,
-        f"{manifest.name}@{manifest.revision.hex()}",
+        reference_to(manifest),
         words_of(manifest, LANGUAGES),
         words_of(manifest, DOMAINS),
         holders,
     )
+
+
+def reference_to(manifest: Manifest) -> str:
+    """What names this revision and no other in the catalogue."""
+    return f"{manifest.name}@{manifest.revision.hex()}"
 
 
 def adapter_id_of(manifest: Manifest) -> bytes:
@@ -162,24 +167,32 @@ def words_of(manifest: Manifest, attribute: str) -> tuple[str, ...]:
     return tuple(word for part in text.split(",") if (word := part.strip()))
 
 
-async def offered_adapters(base_revision: bytes, library: Library) -> list[OfferedAdapter]:
-    """The adapters for a model in the catalogue; those whose manifest nobody sends are left out."""
+async def listed_adapters(base_revision: bytes, library: Library) -> list[Manifest]:
+    """The adapters for a model in the catalogue, the best known first; those whose manifest nobody
+    sends are left out. Raises NetworkError."""
     listed = [
         item
         for item in await library.catalogue.all()
         if item.kind == "adapter" and item.base_revision == base_revision
     ]
-    offered = []
+    manifests = []
     for item in sorted(listed, key=lambda item: -item.listers)[:MOST_OFFERED]:
         known = library.store.open(item.digest)
         try:
             manifest = known.manifest if known else (await library.catalogue.manifest(item))[0]
-            holders = len(await library.catalogue.sources(item.digest))
         except NetworkError as error:
             log.info("the adapter %s is listed only: %s", item.name, error)
             continue
-        offered.append(offer_of(manifest, holders))
-    return offered
+        manifests.append(manifest)
+    return manifests
+
+
+async def offered_adapters(base_revision: bytes, library: Library) -> list[OfferedAdapter]:
+    """What ``--adapter auto`` chooses from. Raises NetworkError."""
+    return [
+        offer_of(manifest, len(await library.catalogue.sources(manifest.digest)))
+        for manifest in await listed_adapters(base_revision, library)
+    ]
 
 
 async def pick(prompt: str, checkpoint: Checkpoint, library: Library) -> Choice:

@@ -247,9 +247,9 @@ class Auditor:
         self.audits += 1
         second = None
         if self._reference is not None and self._dice.random() < self.reference_share:
-            second = await self._trusted(chain, hop, given)
+            second = await self._trusted(hop, given, chain.request)
         second = second or await self._opinion(chain, hop, given, excluded=())
-        second = second or await self._trusted(chain, hop, given)
+        second = second or await self._trusted(hop, given, chain.request)
         if second is None:
             return []
         comparison = measured.against(second.states)
@@ -257,12 +257,12 @@ class Auditor:
         limits = _limits_between(chain, hop, declared, second.dtype_class)
         seen = evidence.against(second.states, limits, is_trusted=not second.peers)
         if comparison.passes(limits) and await self._has_adapter(
-            chain, given, measured, second, limits
+            chain, hop, given, measured, second, limits
         ):
             return [await self._note(hop, Found.PASSED, comparison, evidence=seen)]
         if not second.peers:  # a reference that we trust
             return [await self._note(hop, Found.FAILED, comparison, evidence=seen)]
-        third = await self._trusted(chain, hop, given)
+        third = await self._trusted(hop, given, chain.request)
         third = third or await self._opinion(chain, hop, given, excluded=second.peers)
         if third is None:
             return [
@@ -271,7 +271,9 @@ class Auditor:
         again = measured.against(third.states)
         limits = _limits_between(chain, hop, declared, third.dtype_class)
         seen_again = evidence.against(third.states, limits, is_trusted=not third.peers)
-        if again.passes(limits) and await self._has_adapter(chain, given, measured, third, limits):
+        if again.passes(limits) and await self._has_adapter(
+            chain, hop, given, measured, third, limits
+        ):
             findings = [await self._note(hop, Found.PASSED, again, evidence=seen_again)]
             if len(second.peers) == 1:
                 replica = hop.at(second.peers[0])
@@ -287,6 +289,7 @@ class Auditor:
     async def _has_adapter(
         self,
         chain: AuditedChain,
+        hop: AuditedHop,
         given: WireTensor,
         measured: _Measured,
         opinion: _Opinion,
@@ -294,15 +297,22 @@ class Auditor:
     ) -> bool:
         """Whether an answer that passed has the session's adapter, which may do less than rounding.
 
-        The replicas compute once more without it. When they do not, nothing speaks against.
+        Who had the other opinion computes once more without it. When they do not, nothing speaks
+        against.
         """
-        if chain.request.adapter is None or not opinion.hops:
+        if chain.request.adapter is None:
             return True
         request = replace(chain.request, adapter=None)
         try:
-            bare = await self._replayed(chain, opinion.hops, given, request)
+            bare = (
+                await self._replayed(chain, opinion.hops, given, request)
+                if opinion.hops
+                else await self._trusted(hop, given, request)
+            )
         except HopFailed as error:
             log.info("a replica failed: %s", error)
+            return True
+        if bare is None:
             return True
         share = measured.adapter_share(opinion.states, bare.states)
         log.debug("adapter: effect %.4f, share %.2f", share.effect, share.share)
@@ -310,12 +320,12 @@ class Auditor:
 
     # --- opinions
     async def _trusted(
-        self, chain: AuditedChain, hop: AuditedHop, given: WireTensor
+        self, hop: AuditedHop, given: WireTensor, request: SessionRequest
     ) -> _Opinion | None:
         """The span computed by the reference; None when there is none for it."""
-        if self._reference is None or chain.request.adapter is not None:
+        if self._reference is None:
             return None
-        output = await self._reference(hop.first_block, hop.end_block, given)
+        output = await self._reference(hop.first_block, hop.end_block, given, request.adapter)
         return None if output is None else _Opinion(to_array(output), (), "float32")
 
     async def _opinion(

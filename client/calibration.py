@@ -22,7 +22,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from swarm.catalogue.checkpoint import Checkpoint
+from swarm.client.adapter_push import AdapterSource
 from swarm.client.ends import EMBEDDING, HEAD, NORM, no_progress_bars, read_config, read_tensor
+from swarm.compute.adapter_merge import merged_weight
 from swarm.compute.wire_tensors import tensor_from_wire, tensor_to_wire
 from swarm.ledger.audit_rule import (
     CALIBRATION_MARGIN,
@@ -234,17 +236,24 @@ class OwnWeights:
         return max(self._checkpoint.block_bytes(block, "float32") for block in blocks)
 
     @torch.no_grad()
-    def compute(self, first_block: int, end_block: int, given: WireTensor) -> WireTensor:
+    def compute(
+        self,
+        first_block: int,
+        end_block: int,
+        given: WireTensor,
+        adapter: AdapterSource | None = None,
+    ) -> WireTensor:
         """``[rows, tokens, hidden]`` through blocks ``[first_block, end_block)`` as one prompt.
 
-        In float32 on the CPU; takes a while, so not on an event loop. Raises CheckpointError.
+        In float32 on the CPU; takes a while, so not on an event loop. ``adapter`` must fit the
+        model. Raises CheckpointError.
         """
         states = tensor_from_wire(given, torch.float32)
         for block in range(first_block, end_block):
-            states = self._model_of(block)(inputs_embeds=states, use_cache=False)[0]
+            states = self._model_of(block, adapter)(inputs_embeds=states, use_cache=False)[0]
         return tensor_to_wire(states, DType.FLOAT32)
 
-    def _model_of(self, block: int) -> Any:
+    def _model_of(self, block: int, adapter: AdapterSource | None) -> Any:
         """The family's decoder with this block alone, and ends of no size."""
         config = copy.deepcopy(self._config)
         config.num_hidden_layers = 1
@@ -260,6 +269,10 @@ class OwnWeights:
         }
         for name, info in self._checkpoint.block_tensors(block).items():
             tensors[f"model.layers.0.{name}"] = read_tensor(self._checkpoint, info)
+        if adapter is not None:
+            for module in adapter.index.of_blocks(block, block + 1):
+                name = f"model.layers.0.{module.name}.weight"
+                tensors[name] = merged_weight(tensors[name], module, adapter.read(module))
         family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         with no_progress_bars():
             model, report = family.from_pretrained(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from swarm.client.adapter_push import AdapterSource
 from swarm.ledger.reputation import Reputations
 from swarm.protocol.tensors import WireTensor
 
-Reference = Callable[[int, int, WireTensor], Awaitable[WireTensor | None]]
-"""Blocks ``[first, end)`` computed by somebody who is trusted; None for blocks they do not have."""
+Reference = Callable[[int, int, WireTensor, AdapterSource | None], Awaitable[WireTensor | None]]
+"""Blocks ``[first, end)`` with an adapter or none, computed by somebody who is trusted; None for
+blocks they do not have."""
 
 
 @dataclass(frozen=True, slots=True)

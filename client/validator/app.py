@@ -13,6 +13,7 @@ from pathlib import Path
 
 from swarm.catalogue.checkpoint import Checkpoint
 from swarm.catalogue.resolve import local_checkpoint
+from swarm.client.adapter_push import AdapterSource
 from swarm.client.app import SwarmClient
 from swarm.client.challenge_terms import ChallengeTerms, Reference
 from swarm.client.config import ClientSettings
@@ -146,9 +147,11 @@ def own_weights(checkpoint: Checkpoint) -> Reference:
     weights = OwnWeights(checkpoint)
     one_at_a_time = asyncio.Lock()
 
-    async def compute(first_block: int, end_block: int, given: WireTensor) -> WireTensor:
+    async def compute(
+        first_block: int, end_block: int, given: WireTensor, adapter: AdapterSource | None
+    ) -> WireTensor:
         async with one_at_a_time:
-            return await asyncio.to_thread(weights.compute, first_block, end_block, given)
+            return await asyncio.to_thread(weights.compute, first_block, end_block, given, adapter)
 
     return compute
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from swarm.catalogue.adapter import AdapterFiles
 from swarm.client.app import SwarmClient
 from swarm.client.auditing import Finding
 from swarm.client.chain import Chain
@@ -25,6 +26,7 @@ from swarm.client.challenge_terms import ChallengeTerms, Reference
 from swarm.client.config import SamplingSettings
 from swarm.client.generate import LocalModel, TextSession
 from swarm.client.hops import SessionRequest
+from swarm.client.validator.adapters import draw_adapter
 from swarm.client.validator.docket import Target
 from swarm.ledger.reputation import Found, Reputations
 from swarm.protocol.errors import NetworkError
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 
 CHALLENGE_S = 600.0
 """For one session and its audits; what takes longer is given up."""
+ADAPTER_S = 120.0
+"""For finding an adapter; after that the bare model has to do."""
 TEMPERATURES = (0.0, 0.7, 1.0)
 
 Judged = Callable[[Sequence[PeerId]], Awaitable[Collection[PeerId]]]
@@ -84,6 +88,8 @@ class Served:
     findings: tuple[Finding, ...]
     replayed_tokens: int
     """What replicas had to compute for the audits."""
+    adapter: str = ""
+    """``NAME@REVISION``; empty for the bare model."""
 
 
 class Challenge:
@@ -138,18 +144,43 @@ class Challenge:
         if target.case is not None:
             client.auditor.reference_share = 1.0
 
-    async def ask(self, prompt: str, shape: Shape, judged: Judged) -> Served:
+    async def adapter(self, records: Sequence[NodeRecord], target: Target) -> AdapterFiles | None:
+        """By lot one that the target announces; of a suspect, which may have stopped to announce
+        it, any other one if need be. None when none is to be had."""
+        announced = {
+            hint for record in records if record.peer_id == target.node for hint in record.adapters
+        }
+        if not announced and target.case is None:
+            return None
+        try:
+            async with asyncio.timeout(ADAPTER_S):
+                return await draw_adapter(
+                    announced,
+                    self._model.checkpoint,
+                    self._joined().library(),
+                    self._dice,
+                    or_any=target.case is not None,
+                )
+        except (TimeoutError, NetworkError) as error:
+            log.info("no adapter is to be had now: %s", error)
+            return None
+
+    async def ask(
+        self, prompt: str, shape: Shape, judged: Judged, adapter: AdapterFiles | None = None
+    ) -> Served:
         """The session, and audits of those of its hops that ``judged`` picks.
 
         Raises NoRouteError and NetworkError.
         """
         try:
             async with asyncio.timeout(CHALLENGE_S):
-                return await self._ask(prompt, shape, judged)
+                return await self._ask(prompt, shape, judged, adapter)
         except TimeoutError:
             raise NetworkError(f"the challenge took longer than {CHALLENGE_S:.0f} s") from None
 
-    async def _ask(self, prompt: str, shape: Shape, judged: Judged) -> Served:
+    async def _ask(
+        self, prompt: str, shape: Shape, judged: Judged, adapter: AdapterFiles | None
+    ) -> Served:
         client, model = self._joined(), self._model
         opener = _Remembering(client)
         ids = (
@@ -163,7 +194,7 @@ class Challenge:
         reserved = min(len(ids) + sampling.max_new_tokens, model.maximum_tokens)
         answered = 0
         async with (
-            TextSession(opener, model, reserved) as session,
+            TextSession(opener, model, reserved, adapter=adapter) as session,
             aclosing(session.stream(ids, sampling)) as pieces,
         ):
             async for _ in pieces:
@@ -176,7 +207,14 @@ class Challenge:
             peers = tuple(hop.peer_id for hop in chain.audited_hops())
             chosen = await judged(peers)
             findings = await client.auditor.audit(chain, chosen) if chosen else []
-        return Served(peers, len(ids), answered, tuple(findings), client.auditor.replayed_tokens)
+        return Served(
+            peers,
+            len(ids),
+            answered,
+            tuple(findings),
+            client.auditor.replayed_tokens,
+            adapter.catalogue_name if adapter is not None else "",
+        )
 
     def _joined(self) -> SwarmClient:
         if self._client is None:

@@ -14,7 +14,7 @@ import typer
 from swarm.client.joining import AsJson, Config, Peers, outcome, own_files, prepare_process
 from swarm.client.output import explain
 from swarm.command_results import print_result
-from swarm.protocol.errors import ConfigError, SwarmError
+from swarm.protocol.errors import ConfigError, ProtocolError, SwarmError, UsageError
 
 if TYPE_CHECKING:
     from swarm.client.validator.delivery import Posted
@@ -86,6 +86,16 @@ def run(
             "suspects.",
         ),
     ] = False,
+    publisher: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--publisher",
+            metavar="PEER",
+            help="Believe this publisher's manifests: where nodes announce its adapters, half of "
+            "the challenges are with one. Repeatable; by default those of the settings and of the "
+            "charter.",
+        ),
+    ] = None,
     recheck: Annotated[
         bool,
         typer.Option(
@@ -114,8 +124,12 @@ def run(
         from swarm.client.joining import settings_from
         from swarm.protocol.identity import Identity
 
+        settings = settings_from(peers, dtype, config)
         settings = replace(
-            settings_from(peers, dtype, config), operator_url=operator, operator_key=operator_key
+            settings,
+            operator_url=operator,
+            operator_key=operator_key,
+            publishers=_peer_ids(publisher) or settings.publishers,
         )
         identity = Identity.load(key)
         prepare_process()
@@ -179,6 +193,18 @@ def show(state: StateFile = STATE_FILE, as_json: AsJson = False) -> None:
     print_result({"nodes": nodes}, *(lines or ["no verdicts yet"]), as_json=as_json)
 
 
+def _peer_ids(given: list[str] | None) -> tuple[str, ...]:
+    """Raises UsageError for what is none."""
+    from swarm.protocol.identity import public_key_from_peer_id
+
+    for each in given or ():
+        try:
+            public_key_from_peer_id(each)
+        except ProtocolError as error:
+            raise UsageError(f"{each[:80]!r} is no peer id of a publisher") from error
+    return tuple(given or ())
+
+
 class _Shown:
     """What happens, a line each."""
 
@@ -203,6 +229,7 @@ class _Shown:
                     "target": made.target.node,
                     "case": made.target.case.value if made.target.case else "",
                     "chain": list(made.served.peers),
+                    "adapter": made.served.adapter,
                     "prompt_tokens": made.served.prompt_tokens,
                     "answer_tokens": made.served.answer_tokens,
                     "replayed_tokens": made.served.replayed_tokens,
@@ -210,7 +237,8 @@ class _Shown:
                     "findings": [_fields(each) for each in made.judged],
                 },
                 f"challenged {len(made.served.peers)} nodes by {made.served.prompt_tokens} + "
-                f"{made.served.answer_tokens} tokens",
+                f"{made.served.answer_tokens} tokens"
+                + (f" with {made.served.adapter}" if made.served.adapter else ""),
                 *(f"  {_line(each)}" for each in made.judged),
             )
 

@@ -46,6 +46,8 @@ SOON = 0.1
 SHORTEST_WAIT_S = 1.0
 LONGEST_WAIT = 4.0
 """Periods: the waits are drawn as those of independent users are, without the rare long ones."""
+ADAPTER_SHARE = 0.5
+"""Of the challenges that could be with an adapter."""
 DRAWS = 16
 """So many nodes are drawn before it is said that there is nobody to look at."""
 
@@ -135,12 +137,15 @@ class Validator:
             target = await self._target(records)
             if target is None:
                 return None
+            adapter = None
+            if self._dice.random() < ADAPTER_SHARE:
+                adapter = await challenge.adapter(records, target)
             shape = Shape.draw(self._settings.lengths, self._dice)
             piece = self._texts.take(shape.prompt_characters, self._dice)
             await self._state.use(piece.digests)
             challenge.steer(records, target, self._standings.own)
             try:
-                served = await challenge.ask(piece.text, shape, self._standings.judged)
+                served = await challenge.ask(piece.text, shape, self._standings.judged, adapter)
             except SwarmError:
                 await self._missed(target.node)
                 raise

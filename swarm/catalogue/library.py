@@ -91,6 +91,11 @@ class Library:
             upload=RateLimit(settings.upload_bytes_per_s, clock),
         )
 
+    @property
+    def believes_everybody(self) -> bool:
+        """Whether no publisher was named."""
+        return self._settings.trusted is None
+
     # --- serving
     async def serve(
         self, identity: Identity, addresses: Callable[[], Sequence[str]]

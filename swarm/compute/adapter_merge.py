@@ -177,11 +177,28 @@ def _places(
 
 
 def _factors(files: AdapterFiles, module: ModuleSpec) -> Factors:
-    a, b = (
-        torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[spec.dtype]).view(spec.shape).float()
-        for spec, data in zip(module.tensors, files.read(module), strict=True)
-    )
+    a, b = _tensors(module, files.read(module))
     return Factors(a, module.scaling * b)
+
+
+def _tensors(module: ModuleSpec, data: Sequence[bytes]) -> list[torch.Tensor]:
+    """A, B and perhaps the magnitude, in float32."""
+    return [
+        torch.frombuffer(bytearray(each), dtype=TORCH_DTYPES[spec.dtype]).view(spec.shape).float()
+        for spec, each in zip(module.tensors, data, strict=True)
+    ]
+
+
+def merged_weight(weight: torch.Tensor, module: ModuleSpec, data: Sequence[bytes]) -> torch.Tensor:
+    """A layer's weight ``[out, in]`` with an adapter in it, in float32.
+
+    ``data`` is what an adapter has for the module: the bytes of its tensors.
+    """
+    a, b, *magnitude = _tensors(module, data)
+    merged = torch.addmm(weight.float(), b, a, alpha=module.scaling)
+    for each in magnitude:  # DoRA: rows of this length
+        merged *= (each / torch.linalg.vector_norm(merged, dim=1))[:, None]
+    return merged
 
 
 def write_adapter(

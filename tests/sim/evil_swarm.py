@@ -87,6 +87,8 @@ class EvilSwarm:
         self.books: dict[PeerId, DirectCommits] = {}
         self.operators: tuple[bytes, ...] = ()
         """Whose allowances the nodes trust."""
+        self.adapters: tuple[str, ...] = ()
+        """What the nodes announce; clients bring it to those that lack it."""
         self.seed = seed
         self._evil = evil
         self._stack = AsyncExitStack()
@@ -200,6 +202,7 @@ class EvilSwarm:
             cache_tokens_total=1 << 16,
             cache_tokens_free=1 << 16,
             addresses=self._addresses(peer),
+            adapters=self.adapters,
         )
         announcer = Announcer(own, peer, self.clock, record, hidden_size=self.hidden_size)
         self.nodes.append(EvilNode(own.peer_id, behaviour, service))

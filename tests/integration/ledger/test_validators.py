@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from swarm.catalogue.checkpoint import Checkpoint
 from swarm.client.app import SwarmClient
 from swarm.client.challenge_terms import ChallengeTerms
+from swarm.client.config import ClientSettings
 from swarm.client.generate import LocalModel
 from swarm.client.grants import GrantTerms, OperatorGrants
 from swarm.client.validator.app import own_weights
@@ -32,6 +33,7 @@ from swarm.client.validator.process import (
 from swarm.client.validator.prompts import PrivateTexts
 from swarm.client.validator.standings import Standings
 from swarm.client.validator.state import ValidatorState, summaries
+from swarm.ledger.audit_rule import SIXTEEN_BIT
 from swarm.ledger.operator_client import OperatorClient, Quarantined
 from swarm.membership import read_nodes
 from swarm.node.engine.api import Engine
@@ -61,6 +63,8 @@ from swarm.protocol.merkle import leaf_hash, root_of
 from swarm.protocol.operator_objects import Enrolment, ModelPrice, NodeCertificate
 from swarm.simulation.evil import Behaviour
 from swarm.virtual_time import LoopClock
+from tests.adapter_making import make_adapter
+from tests.adapter_publisher import Publisher
 from tests.letters_tokenizer import LETTERS, save_letters_tokenizer
 from tests.sim import evil_swarm
 from tests.sim.evil_swarm import EvilSwarm
@@ -72,6 +76,10 @@ POT = 6000
 MOST_CHALLENGES = 24
 SHORT = Lengths(prompt_characters=(20, 60), answer_tokens=(6, 12))
 CREDIT = 10**9
+NOBODY = "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooWA"
+"""Clients join through the memory network; their settings have to name a peer all the same."""
+SMALL = 0.033
+"""Size of an adapter that does little."""
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +233,7 @@ class Organisation:
         *,
         has_weights: bool = False,
         only_rechecks: bool = False,
+        publishers: tuple[str, ...] = (),
     ) -> None:
         self.path = folder / f"{name}.state"
         self.made: list[Challenged] = []
@@ -236,6 +245,7 @@ class Organisation:
         self._operator = operator
         self._reference = own_weights(model.checkpoint) if has_weights else None
         self.only_rechecks = only_rechecks
+        self._settings = ClientSettings(peers=(NOBODY,), publishers=publishers)
         self._identity = party(name)
         self.grants = OperatorGrants(
             GrantTerms("", public("operator"), CREDIT, self._identity, "", True),
@@ -301,6 +311,7 @@ class Organisation:
         return SwarmClient(
             self._swarm.network.join(identity),
             clock=self._swarm.clock,
+            settings=self._settings,
             challenge=terms,
             grants=self.grants,
         )
@@ -411,6 +422,76 @@ async def test_a_cheat_is_quarantined_by_one_and_revoked_by_two_and_honest_nodes
     paid = desk.books.share_uptime((int(time.time()) // 86400 + 1) * HOURS * HOUR_S)
     assert paid == POT
     assert desk.waiting(desk.evil) == 0
+    assert_nothing_tells(swarm, lab, telco)
+    desk.close()
+
+
+async def test_a_node_that_leaves_adapters_out_is_found_by_challenges_with_them(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    whole = LlamaForCausalLM.from_pretrained(checkpoint.path)
+    swarm = TinySwarm((None, Behaviour.NO_ADAPTER), checkpoint)
+    # One changes less than rounding may: by the errors alone the bare model would pass.
+    for name, std in (("small", SMALL), ("strange", 0.3)):
+        make_adapter(whole, tmp_path / name, std=std, target_modules=["q_proj", "v_proj"])
+    believed, stranger = (
+        Publisher([tmp_path / name], checkpoint.revision) for name in ("small", "strange")
+    )
+    swarm.adapters = (*believed.hints.values(), *stranger.hints.values())
+    desk = Desk(tmp_path / "books", swarm)
+    earned = desk.earn(desk.evil, swarm.revision.hex())
+    model = LocalModel.load(str(checkpoint.path), dtype="float32")
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(swarm.nodes_running())
+        for publisher in (believed, stranger):
+            serving = publisher.serving(swarm.network, swarm.clock, tmp_path / "store")
+            await stack.enter_async_context(serving)
+        url = await stack.enter_async_context(desk.open())
+        operator = await stack.enter_async_context(OperatorClient(url))
+        names = (believed.identity.peer_id,)
+        lab, telco = (
+            Organisation(
+                name, tmp_path, swarm, model, operator, has_weights=weights, publishers=names
+            )
+            for name, weights in (("lab", True), ("telco", False))
+        )
+        async with lab.running(1) as validator:
+            while desk.state(desk.evil) != QUARANTINED:
+                assert len(lab.made) < MOST_CHALLENGES
+                await validator.once(lab.hear)
+        assert desk.waiting(desk.evil) == earned
+        telco.only_rechecks = True
+        async with telco.running(2) as validator:
+            await validator.once(telco.hear)
+        assert desk.state(desk.evil) == REVOKED
+        telco.only_rechecks = False
+        for organisation in (telco, lab):
+            await organisation.make_and_post(4)
+    model.close()
+    for organisation in (lab, telco):
+        used = [made.served.adapter for made in organisation.made]
+        assert set(used) == {"", believed.reference("small")}  # and not the stranger's
+        for made in organisation.made:
+            for each in made.judged:
+                finding = each.finding
+                cheated = finding.peer_id == desk.evil.peer_id and made.served.adapter
+                assert finding.found.value == ("failed" if cheated else "passed"), finding
+                if cheated and finding.evidence is not None:
+                    assert finding.comparison is not None
+                    assert finding.comparison.passes(SIXTEEN_BIT)
+                    assert finding.evidence.is_by_reference is (organisation is lab)
+    with_adapter = [
+        each.finding
+        for made in lab.made + telco.made
+        if made.served.adapter
+        for each in made.judged
+        if each.finding.peer_id != desk.evil.peer_id and each.finding.evidence is not None
+    ]
+    references = {each.evidence.is_by_reference for each in with_adapter if each.evidence}
+    assert references == {True, False}  # honest ones were looked at both ways
+    for number in range(1, 6):
+        assert desk.state(evil_swarm.identity(number)) == "active"
     assert_nothing_tells(swarm, lab, telco)
     desk.close()
 

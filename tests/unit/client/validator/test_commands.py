@@ -53,10 +53,13 @@ def test_what_is_wrong_is_named(files: Path, changes: dict[str, str], says: str)
     assert "Traceback" not in result.stderr
 
 
-def test_a_wrong_period_and_a_wrong_operator_key(files: Path) -> None:
+def test_a_wrong_period_publisher_and_operator_key(files: Path) -> None:
     result = runner.invoke(app, run(files, "--period", "0"))
     assert result.exit_code == EXIT_USAGE
     assert "period" in result.stderr
+    result = runner.invoke(app, run(files, "--publisher", "my friend"))
+    assert result.exit_code == EXIT_USAGE
+    assert "'my friend' is no peer id" in result.stderr
     result = runner.invoke(app, run(files, "--operator-key", "xyz"))
     assert result.exit_code == EXIT_USAGE
     assert "operator_key" in result.stderr
