@@ -188,7 +188,8 @@ def with_adapters(
 ) -> None:
     """Sessions with an adapter at honest nodes, and at nodes that compute without it.
 
-    The replica rounds as well: it answers in bfloat16, with the adapter and without.
+    The replica rounds as well: it answers in bfloat16, with the adapter and without. A validator's
+    own weights answer in float32.
     """
     sketcher = Sketcher(states[0].shape[-1])
     for first, end in spans_of(runner.number_of_blocks):
@@ -203,8 +204,25 @@ def with_adapters(
                 "cheat: float32": ("bfloat16", runner.copy_of(first, end, torch.float32)),
                 "cheat: int8": ("int8", HONEST["int8 prefill"].blocks(runner, first, end)),
             }
-            for name, (dtype_class, blocks) in answers.items():
-                answered = runner.prefill(blocks, given)
+            answered_by = {
+                name: runner.prefill(blocks, given) for name, (_, blocks) in answers.items()
+            }
+            own = answered_by["honest: float32"], answered_by["cheat: float32"]
+            for name, dtype_class, answered in (
+                ("honest: bfloat16", "bfloat16", honest),
+                ("honest: int8", "int8", answered_by["honest: int8"]),
+                ("cheat: bfloat16", "bfloat16", bare),
+                ("cheat: int8", "int8", answered_by["cheat: int8"]),
+            ):
+                what, precision = name.split(": ")
+                tally.add_with_adapter(
+                    f"{what}: {adapter}, {precision}, own weights",
+                    dtype_class,
+                    compare_windows(given, answered, own[0]),
+                    shares_of(given, answered, *own),
+                )
+            for name, (dtype_class, _) in answers.items():
+                answered = answered_by[name]
                 what, precision = name.split(": ")
                 what = f"{what}: {adapter}, {precision}"
                 tally.add_with_adapter(

@@ -15,8 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM
+
 from scripts.local_swarm import LocalSwarm, SwarmPlan, equal_spans
 from scripts.process_keeper import KeptProcess
+from tests.adapter_making import make_adapter
 
 SWARM = Path(sys.executable).with_name("swarm")
 DEADLINE_S = 90.0
@@ -134,6 +138,8 @@ def test_answers_are_paid_for_when_there_is_an_operator(smollm2_path: Path, tmp_
             assert validated(books, url, smollm2_path, nodes.peers[0], operator_key) == peers
             for peer in peers:
                 assert read(f"{url}/v1/nodes/{peer}")["clean_audits"] == 1
+            at = ("--operator", url, "--operator-key", operator_key)
+            challenged_with_an_adapter(tmp_path, smollm2_path, nodes.peers[0], *at)
 
 
 def validated(books: Path, url: str, model: Path, seed: str, operator_key: str) -> set[str]:
@@ -157,3 +163,50 @@ def validated(books: Path, url: str, model: Path, seed: str, operator_key: str) 
     shown = json.loads(swarm("validator", "show", "--state", folder / "lab.state", "--json"))
     assert {each["node"] for each in shown["nodes"]} == {each["node"] for each in events[2:]}
     return {event["node"] for event in events[2:] if event["outcome"] == "passed"}
+
+
+def challenged_with_an_adapter(folder: Path, model: Path, seed: str, *at: str) -> None:
+    """Somebody publishes an adapter and asks with it; the validator then does so too, by lot."""
+    whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    make_adapter(whole, folder / "weather", std=0.03, r=8, target_modules=["q_proj", "v_proj"])
+    publish = (
+        "adapters",
+        "publish",
+        str(folder / "weather"),
+        "--base",
+        str(model),
+        "--copies",
+        "9",
+    )
+    publishing = KeptProcess(
+        [str(SWARM), *publish, "--copies", "9", "--peers", seed, "--json"],
+        environment={**os.environ, "XDG_DATA_HOME": str(folder / "author")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    others = {"XDG_DATA_HOME": str(folder / "others")}
+    with publishing:
+        assert publishing.stdout is not None
+        (publisher,) = json.loads(publishing.stdout.readline())["publishers"]
+        swarm(
+            "generate", model, "Tomorrow it will", "--peers", seed, "--adapter", "weather",
+            "--max-new-tokens", "2", environment=others,
+        )  # fmt: skip
+        (folder / "diary.txt").write_text(
+            " ".join(f"On day {day} of our journey we saw {day + 2} ships." for day in range(999))
+        )
+        adapters: set[str] = set()
+        for _ in range(16):
+            said = swarm(
+                "validator", "run", model, "--peers", seed, *at, "--key", folder / "lab.key",
+                "--prompts", folder / "diary.txt", "--state", folder / "lab.state", "--weights",
+                "--publisher", publisher, "--once", "--json", environment=others,
+            )  # fmt: skip
+            made = json.loads(said.splitlines()[1])
+            assert {each["found"] for each in made["findings"]} == {"passed"}
+            assert all(each["by_own_weights"] for each in made["findings"])
+            adapters.add(made["adapter"].partition("@")[0])
+            if "weather" in adapters:
+                break
+        assert "weather" in adapters
+        publishing.stop()
