@@ -23,7 +23,7 @@ from swarm.client.grants import GrantTerms, OperatorGrants
 from swarm.client.validator.app import own_weights
 from swarm.client.validator.challenges import Lengths
 from swarm.client.validator.delivery import Posted
-from swarm.client.validator.docket import Case
+from swarm.client.validator.docket import RIGHT_FOR_RECHECK, Case
 from swarm.client.validator.process import (
     Challenged,
     Validator,
@@ -43,7 +43,7 @@ from swarm.operator.app import serve
 from swarm.operator.books import Books
 from swarm.operator.doors import OneThread
 from swarm.operator.journal import Journal
-from swarm.operator.nodes import QUARANTINED, REVOKED
+from swarm.operator.nodes import ACTIVE, QUARANTINED, REVOKED
 from swarm.operator.settings import create_folder, load_settings
 from swarm.operator.uptime import HOUR_S, HOURS
 from swarm.protocol import strict_json
@@ -55,6 +55,7 @@ from swarm.protocol.ledger_objects import (
     Allowance,
     Revocation,
     Settlement,
+    Verdict,
     Voucher,
     parse,
     sign,
@@ -182,6 +183,24 @@ class Desk:
         assert outcome.code is None
         return self.waiting(node)
 
+    def accuse(self, node: Identity, accuser: str, model: str) -> None:
+        """Two failed segments, whatever the node has done."""
+        for segment in ("aa" * 32, "bb" * 32):
+            found = Verdict(
+                segment,
+                node.peer_id,
+                "22" * 16,
+                model,
+                *(0, 3),
+                *(0, 16),
+                *(500_000, 700_000, 30_000, 50_000),
+                *("33" * 32, "44" * 32, "55" * 32),
+                "float32",
+                "failed",
+                self.world.now,
+            )
+            self.books.take_verdict(sign(found, key(accuser)), self.world.now)
+
     def waiting(self, node: Identity) -> int:
         return self.books.journal.balance(f"escrow:{node.peer_id}")
 
@@ -306,6 +325,8 @@ class Organisation:
 
     async def _connect(self, terms: ChallengeTerms) -> SwarmClient:
         """As ``SwarmClient.connect`` does over libp2p."""
+        if self.clients and self._swarm.network.peer(self.clients[-1]) is not None:
+            self._swarm.network.crash(self.clients[-1])  # it has left; nobody else takes it out
         identity = Identity.generate()
         self.clients.append(identity.peer_id)
         return SwarmClient(
@@ -493,6 +514,51 @@ async def test_a_node_that_leaves_adapters_out_is_found_by_challenges_with_them(
     for number in range(1, 6):
         assert desk.state(evil_swarm.identity(number)) == "active"
     assert_nothing_tells(swarm, lab, telco)
+    desk.close()
+
+
+async def test_whom_a_liar_accuses_is_freed_by_two_others(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    swarm = TinySwarm((None, None), checkpoint)
+    desk = Desk(tmp_path / "books", swarm)
+    desk.world.organisation("liar", may_validate=True)
+    accused = evil_swarm.identity(2)
+    earned = desk.earn(accused, swarm.revision.hex())
+    desk.accuse(accused, "liar", swarm.revision.hex())
+    assert desk.state(accused) == QUARANTINED
+    model = LocalModel.load(str(checkpoint.path), dtype="float32")
+    async with (
+        swarm.nodes_running(),
+        desk.open() as url,
+        OperatorClient(url) as operator,
+    ):
+        lab, telco = (
+            Organisation(name, tmp_path, swarm, model, operator, only_rechecks=True)
+            for name in ("lab", "telco")
+        )
+        async with lab.running(1) as validator:
+            await validator.once(lab.hear)
+            (said,) = (each for each in lab.posted if each.verdict.outcome == "not_reproduced")
+            assert (said.verdict.node, said.answer) == (accused.peer_id, QUARANTINED)
+            # One is not enough, and lab has said what it had to say.
+            assert desk.state(accused) == QUARANTINED
+            assert await validator.challenge() is None
+        async with telco.running(2) as other:
+            await other.once(telco.hear)
+        assert desk.state(accused) == ACTIVE
+        assert await operator.quarantined() == []
+        async with lab.running(3) as validator:
+            assert await validator.challenge() is None
+    model.close()
+    for organisation in (lab, telco):
+        met = [made for made in organisation.made if accused.peer_id in made.served.peers]
+        assert len(met) == RIGHT_FOR_RECHECK
+        (summary,) = (each for each in summaries(organisation.path) if each.node == accused.peer_id)
+        assert summary.outcomes == {"passed": RIGHT_FOR_RECHECK - 1, "not_reproduced": 1}
+    assert [each.case for each in summaries(lab.path) if each.node == accused.peer_id] == [""]
+    assert desk.waiting(accused) == earned
+    assert desk.clean_audits(accused) == 0
     desk.close()
 
 
