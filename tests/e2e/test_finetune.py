@@ -1,4 +1,4 @@
-"""``swarm finetune`` as its users run it, while nodes and clients are killed."""
+"""``swarm finetune`` as its users run it, while nodes and clients are killed and hops audited."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from scripts.local_swarm import LocalSwarm, Span, SwarmPlan
 from swarm.client.finetune.snapshots import Snapshot, Snapshots
+from swarm.client.ledger_store import known_reputations
 from tests.letters_tokenizer import LETTERS, save_letters_tokenizer
 from tests.training_swarm import save_tiny_model
 
@@ -91,7 +92,12 @@ def training(
         *("--learning-rate", "3e-3", "--batch-size", "6", "--micro-batch-tokens", "48"),
         *("--in-flight", "2", "--snapshot-every", str(SNAPSHOT_EVERY), *more),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "SWARM_AUDITS": "1",
+    }
     with subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -120,7 +126,8 @@ def steps_counted(snapshot: Snapshot) -> set[float]:
 def test_a_node_and_the_client_are_killed_and_ctrl_c(
     swarm: LocalSwarm, model: Path, data: Path, tmp_path: Path
 ) -> None:
-    """The adapter is that of the undisturbed training; no step is lost or taken twice."""
+    """The adapter is that of the undisturbed training; no step is lost or taken twice, and no hop
+    is taken for a liar."""
     seed = random.SystemRandom().randrange(1 << 16)
     print(f"seed {seed}")  # shown when this fails
     dice = random.Random(seed)
@@ -166,5 +173,9 @@ def test_a_node_and_the_client_are_killed_and_ctrl_c(
     assert tensors.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert float(torch.norm(tensors[name] - tensor) / torch.norm(tensor)) < 1e-3, name
+    found = known_reputations(Path(os.environ["SWARM_LEDGER_FILE"]))
+    audited = [found.of(peer) for peer in found.peers]
+    assert sum(each.clean for each in audited) > 0
+    assert not any(each.failed_segments or each.disputed_with for each in audited)
     (points,) = re.findall(r'<polyline points="([^"]+)"', (disturbed / "loss.svg").read_text())
     assert len(points.split()) == STEPS
