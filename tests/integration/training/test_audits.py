@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from swarm.client.finetune.audited_training import AuditedTraining, AuditFailed,
 from swarm.client.finetune.auditing import TrainingAuditor
 from swarm.ledger.reputation import Found, Standing
 from swarm.node import training_service
+from swarm.node.engine.training_api import TrainingRequest
 from swarm.protocol.identity import PeerId
+from swarm.protocol.messages import OpenTraining
 from tests.evil_training import Cheat, EvilHop, EvilTraining
 from tests.integration.training.test_finetune import (
     Watching,
@@ -233,6 +236,28 @@ async def test_a_hop_whose_blocks_nobody_else_has_is_not_asked_at_every_step(
         assert await make_trainer(swarm, folder, settings(), tmp_path).run()
         assert not auditor.findings
     assert sorted(asked) == [0, 1]
+
+
+async def test_nodes_that_know_no_audits_train_and_count_as_hiding(
+    folder: Path,
+    tmp_path: Path,
+    honest_adapter: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As nodes of an older version, which ignore the field."""
+    known = training_service.training_request
+
+    def older(message: OpenTraining) -> TrainingRequest:
+        return replace(known(message), audited_micro_batches=0)
+
+    monkeypatch.setattr(training_service, "training_request", older)
+    observer = Watching()
+    async with training_swarm(folder, [BEFORE, CHEATED, BEHIND]) as swarm:
+        auditor = swarm.audit()
+        assert await make_trainer(swarm, folder, settings(), tmp_path, observer).run()
+        assert {each.found for each in auditor.findings} == {Found.REFUSED}
+        assert not observer.reasons
+    assert relative_difference(initial_adapter(tmp_path), honest_adapter) < 1e-3
 
 
 async def test_of_long_steps_the_latest_micro_batches_are_looked_at(
