@@ -129,6 +129,8 @@ class TrainingAuditor:
 
     def watch(self, training: AuditedTraining) -> None:
         self._watched.add(training)
+        for peer in self._wrong.intersection(link.hop.peer_id for link in training.links):
+            training.refuted(peer, AuditFailed("it was found wrong while the chain was opened"))
 
     async def settled(self) -> None:
         await self._settled.wait()

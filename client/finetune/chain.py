@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from swarm.client.finetune.audited_training import AuditFailed, StepAuditor, TakenStep
-from swarm.client.finetune.chain_request import TrainingChainRequest, open_message
+from swarm.client.finetune.chain_request import TrainingChainRequest
 from swarm.client.finetune.commitments import Commitments, Conflict
 from swarm.client.finetune.link import TrainingLink
-from swarm.client.healing import could_not_open
+from swarm.client.finetune.opening import join_links, open_links
 from swarm.client.link import HopFailed
 from swarm.client.planner import Planner
 from swarm.client.results import require_finite
@@ -31,7 +31,6 @@ from swarm.ports import Clock, Transport
 from swarm.protocol.errors import (
     ErrorCode,
     NetworkError,
-    NoRouteError,
     ProtocolError,
     SwarmError,
     UsageError,
@@ -50,7 +49,6 @@ from swarm.protocol.messages import (
     Message,
     MicroBatchDone,
     Ping,
-    SetRoute,
     StateRestored,
 )
 from swarm.protocol.tensors import WireTensor
@@ -66,9 +64,6 @@ from swarm.training_parts import (
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
-
-OPEN_ATTEMPTS = 4
-ROUTE_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +102,7 @@ class TrainingChain:
         self._request = request
         self._clock = clock
         self._timeouts = timeouts or TrainingTimeouts()
-        self._excluded = list(excluded)
+        self._excluded = tuple(excluded)
         self._commitments: Commitments | None = None
         self._state_hashes: tuple[bytes, ...] = ()
         self._links: list[TrainingLink] = []
@@ -173,7 +168,7 @@ class TrainingChain:
                 own = [tasks.create_task(self._read(link)) for link in self._links]
                 own.append(tasks.create_task(self._ping_all()))
                 try:
-                    await self._join()
+                    await join_links(self._links, self._timeouts.answer_s)
                     if not self._opened.done():
                         self._opened.set_result(None)
                     if self._auditor is not None:
@@ -225,64 +220,21 @@ class TrainingChain:
         self._fail(failure)
 
     async def _open_all(self) -> None:
-        failures: list[HopFailed] = []
-        last: SwarmError | None = None
-        while len(failures) < OPEN_ATTEMPTS:
-            try:
-                plan = await self._planner.plan(
-                    self._blocks.start,
-                    self._blocks.stop,
-                    excluded=[*self._excluded, *(self._auditor.wrong if self._auditor else ())],
-                )
-            except NoRouteError as error:
-                last = error
-                break
-            opening = [self._open(plan, index) for index in range(len(plan.hops))]
-            results = await asyncio.gather(*opening, return_exceptions=True)
-            links = [result for result in results if isinstance(result, TrainingLink)]
-            if len(links) == len(results):
-                self._links, self._plan = links, plan
-                if self._request.audited_micro_batches:
-                    self._commitments = Commitments(
-                        [bool(link.audited_micro_batches) for link in links]
-                    )
-                    self._state_hashes = (b"",) * len(links)
-                return
-            await asyncio.gather(*(link.close() for link in links))
-            for result in results:
-                if isinstance(result, HopFailed):
-                    failures.append(result)
-                    self._excluded.append(result.peer_id)
-                elif isinstance(result, BaseException):
-                    raise result
-        raise could_not_open(failures, last)
-
-    async def _open(self, plan: ChainPlan, index: int) -> TrainingLink:
-        hop = plan.hops[index]
-        previous = self._transport.peer_id if index == 0 else plan.hops[index - 1].peer_id
-        return await TrainingLink.open(
+        excluded = {*self._excluded, *(self._auditor.wrong if self._auditor else ())}
+        self._links, self._plan = await open_links(
             self._transport,
-            hop,
-            open_message(self._request, hop, previous),
-            state_elements=(
-                self._request.maximum_state_elements_per_block * (hop.end_block - hop.first_block)
-            ),
+            self._planner,
+            self._request,
+            self._blocks,
+            excluded,
             clock=self._clock,
             timeout_s=self._timeouts.open_s,
-            only_for=None if self._request.policy is None else self._request.policy.check,
         )
-
-    async def _join(self) -> None:
-        """Tell each hop who comes next."""
-        routes = []
-        for link, following in zip(self._links, [*self._links[1:], None], strict=True):
-            message = SetRoute(
-                route_version=ROUTE_VERSION,
-                next_peer=following.hop.peer_id if following else "",
-                next_session_id=following.session_id if following else b"",
+        if self._request.audited_micro_batches:
+            self._commitments = Commitments(
+                [bool(link.audited_micro_batches) for link in self._links]
             )
-            routes.append(link.set_route(message, self._timeouts.answer_s))
-        await asyncio.gather(*routes)
+            self._state_hashes = (b"",) * len(self._links)
 
     async def _ping_all(self) -> None:
         nonce = 0
