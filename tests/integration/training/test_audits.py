@@ -14,6 +14,8 @@ import torch
 from swarm.client.finetune import model
 from swarm.client.finetune.audited_training import AuditedTraining, AuditFailed, TakenStep
 from swarm.client.finetune.auditing import TrainingAuditor
+from swarm.client.finetune.model import chain_request
+from swarm.client.link import HopFailed
 from swarm.ledger.reputation import Found, Standing
 from swarm.node import training_service
 from swarm.node.engine.training_api import TrainingRequest
@@ -236,6 +238,30 @@ async def test_a_hop_whose_blocks_nobody_else_has_is_not_asked_at_every_step(
         assert await make_trainer(swarm, folder, settings(), tmp_path).run()
         assert not auditor.findings
     assert sorted(asked) == [0, 1]
+
+
+async def test_who_is_found_wrong_while_a_chain_opens_ends_it(folder: Path, tmp_path: Path) -> None:
+    """An audit of a chain that broke ends when the next chain is planned already."""
+    async with training_swarm(folder, []) as swarm:
+        evil = await evil_swarm(swarm, EvilTraining(Cheat.HALF))
+        auditor = swarm.audit(Certain())
+        request = chain_request(swarm.base, settings(), maximum_tokens=48)
+        first = await swarm.open_chain(request)
+        resolve = swarm.nodes[-1].service._resolve
+
+        async def audit_meanwhile(peer: PeerId, *, afresh: bool = False) -> Any:
+            await auditor.contradicted(first, [evil], 1, AuditFailed("it cheats"))
+            return await resolve(peer, afresh=afresh)
+
+        for node in swarm.nodes:
+            node.service._resolve = audit_meanwhile
+        second = await swarm.open_chain(request)
+        assert evil in {hop.peer_id for hop in second.plan.hops}
+        for chain in (first, second):
+            assert isinstance(chain.failure, HopFailed)
+            assert chain.failure.peer_id == evil
+        third = await swarm.open_chain(request)
+        assert evil not in {hop.peer_id for hop in third.plan.hops}
 
 
 async def test_nodes_that_know_no_audits_train_and_count_as_hiding(
