@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 
+from swarm.addresses import is_loopback
 from swarm.chain_choice import (
     APART_S,
     CLIENT,
@@ -88,6 +89,11 @@ UNPAID_S = 1.0
 where others are near they shall earn what the allowance is for."""
 BRINGING_S = 0.05
 """What it costs in the choice to bring a node an adapter, spread over the tokens of an answer."""
+
+
+def _is_here(record: NodeRecord) -> bool:
+    """Whether only programs on this computer reach it."""
+    return bool(record.addresses) and all(map(is_loopback, record.addresses))
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +192,14 @@ class Router:
         self._needs = replace(self._needs, route_seed=route_seed)
 
     async def is_online(self) -> bool:
-        """Whether any of a few nodes, whichever blocks they have, can be dialled."""
+        """Whether any of a few nodes, whichever blocks they have, can be dialled.
+
+        True as well where that says nothing of our own network: nobody who is known may be asked,
+        or all of them run on this computer.
+        """
         records = [r for r in self._known.records if not permitted(r, self._needs)[1]]
+        if self._known.records and all(_is_here(record) for record in records):
+            return True
         drawn = self._dice.sample(records, min(len(records), ONLINE_SAMPLE))
 
         async def answers(record: NodeRecord) -> bool:

@@ -15,6 +15,7 @@ from swarm.client.router import LONGEST_WAIT_S, SHORTEST_WAIT_S
 from swarm.ledger.rules import is_eligible, route_seed
 from swarm.membership import SHARDS_PER_READ
 from swarm.protocol.errors import NetworkError, NoRouteError
+from swarm.protocol.policy import Policy
 from swarm.protocol.records import NodeState
 from swarm.protocol.tensors import DType
 from swarm.routing import SAMPLE, ChainPlan
@@ -416,5 +417,53 @@ def test_without_a_directory_the_client_is_told(
         swarm.unreachable = True
         with pytest.raises(NetworkError, match="nobody answers"):
             await swarm.client().router.plan(0, 30)
+
+    simulate(story())
+
+
+def test_what_is_known_serves_while_the_directory_is_out_of_reach(
+    quiet_swarm: type[QuietSwarm], simulate: Simulate
+) -> None:
+    async def story() -> None:
+        swarm = quiet_swarm()
+        (near, spare) = [await swarm.add(addresses=("/ip4/10.0.0.1/tcp/1",)) for _ in range(2)]
+        client = swarm.client()
+        await client.router.plan(0, 30)
+        swarm.unreachable = True
+        await asyncio.sleep(80.0)
+        assert await client.router.plan(0, 30)
+        for node in (near, spare):
+            swarm.network.crash(node.peer.peer_id)
+        # Blocks are named, and not the directory blamed.
+        with pytest.raises(NoRouteError, match="served by nobody else"):
+            await client.router.plan(0, 30)
+
+    simulate(story())
+
+
+@pytest.mark.parametrize(
+    ("address", "needs", "expected"),
+    [
+        ("/ip4/10.0.0.1/tcp/1", {}, False),
+        # Our own network cannot be the reason for these:
+        ("/ip4/127.0.0.1/tcp/1", {}, True),
+        ("/ip4/10.0.0.1/tcp/1", {"policy": Policy(countries=("KE",))}, True),
+    ],
+)
+def test_silence_of_others_says_when_the_own_network_is_gone(
+    quiet_swarm: type[QuietSwarm],
+    simulate: Simulate,
+    address: str,
+    needs: dict[str, Any],
+    expected: bool,
+) -> None:
+    async def story() -> None:
+        swarm = quiet_swarm()
+        node = await swarm.add(addresses=(address,))
+        client = swarm.client(**needs)
+        await client.known.refresh(older_than_s=0.0)
+        assert await client.router.is_online()
+        swarm.network.crash(node.peer.peer_id)
+        assert await client.router.is_online() is expected
 
     simulate(story())
