@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from swarm.ledger.audit_rule import (
     BACKWARD_LIMITS,
-    LEAST_ADAPTER_SHARE,
     LIMITS,
     Comparison,
     Limits,
@@ -116,10 +115,7 @@ def difference(given: StepInputs, work: StepWork, reference: StepWork) -> StepDi
         if reference.without_adapter:
             bare = to_array(reference.without_adapter[index])[:, counts]
             share = adapter_share(inputs, answered, right, bare)
-            # An adapter begins with no effect: what a replica then sees as one is its own rounding,
-            # and the share is a coin's toss.
-            is_small = share.effect < limits.median
-            has_adapter = has_adapter and (is_small or share.share >= LEAST_ADAPTER_SHARE)
+            has_adapter = has_adapter and share.passes(limits)
         gradients = (
             to_array(each[index])[:, counts]
             for each in (given.gradients, work.gradients, reference.gradients)

@@ -17,6 +17,7 @@ hardly touches that one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,8 +30,13 @@ from swarm.protocol.tensors import DType, WireTensor
 Floats = NDArray[np.float32]
 
 CALIBRATION_MARGIN = 1.5
-LEAST_ADAPTER_SHARE = 0.5
-"""At this an answer is as near to the one with the adapter as to the one without."""
+LEAST_ADAPTER_SHARE = 0.4
+"""A replica's rounding moves the share towards a half from both sides, all the way for an adapter
+that does hardly anything."""
+SHARE_ERRORS = 4.0
+"""So many standard errors a share must be below that."""
+FEW_TOKENS = 16
+"""The spread of so many says so little that the error may be twice as large."""
 LEAST_ADAPTER_EFFECT = 0.2
 """As a part of the limit of the median; an adapter that does less drowns in two nodes' rounding."""
 
@@ -108,12 +114,14 @@ class AdapterShare:
     """Median over tokens of what the adapter changes, relative to what the span adds."""
     share: float
     """Median over tokens: about 1 with the adapter and 0 without it."""
+    standard_error: float
+    """Of the median, by the spread of the tokens; larger for few of them."""
 
     def passes(self, limits: Limits) -> bool:
         """Also for an adapter that does too little here to be seen."""
-        return (
-            self.effect < LEAST_ADAPTER_EFFECT * limits.median or self.share >= LEAST_ADAPTER_SHARE
-        )
+        highest = self.share + SHARE_ERRORS * self.standard_error
+        is_seen = self.effect >= LEAST_ADAPTER_EFFECT * limits.median
+        return not (is_seen and highest < LEAST_ADAPTER_SHARE)
 
 
 def loosest(first: Limits, second: Limits) -> Limits:
@@ -180,7 +188,13 @@ def adapter_share(given: Floats, answered: Floats, adapted: Floats, bare: Floats
         shares = along / np.maximum(size, 1e-12) ** 2
         effects = size / np.maximum(added, 1e-12)
     # Not a number is no share; where a replica sends it the rule of errors has failed before.
+    shares = np.where(np.isfinite(shares), shares, -1e9).reshape(-1)
+    share = float(np.median(shares))
+    # By the median of the deviations: a few tokens are far off.
+    spread = 1.4826 * float(np.median(np.abs(shares - share)))
+    error = 1.2533 * spread / math.sqrt(shares.size) * (1 + FEW_TOKENS / shares.size)
     return AdapterShare(
         effect=float(np.median(np.where(np.isfinite(effects), effects, np.inf))),
-        share=float(np.median(np.where(np.isfinite(shares), shares, -np.inf))),
+        share=share,
+        standard_error=error,
     )
