@@ -169,17 +169,9 @@ def challenged_with_an_adapter(folder: Path, model: Path, seed: str, *at: str) -
     """Somebody publishes an adapter and asks with it; the validator then does so too, by lot."""
     whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     make_adapter(whole, folder / "weather", std=0.03, r=8, target_modules=["q_proj", "v_proj"])
-    publish = (
-        "adapters",
-        "publish",
-        str(folder / "weather"),
-        "--base",
-        str(model),
-        "--copies",
-        "9",
-    )
+    publish = ["adapters", "publish", folder / "weather", "--base", model, "--copies", "9"]
     publishing = KeptProcess(
-        [str(SWARM), *publish, "--copies", "9", "--peers", seed, "--json"],
+        [str(SWARM), *map(str, publish), "--peers", seed, "--json"],
         environment={**os.environ, "XDG_DATA_HOME": str(folder / "author")},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -195,18 +187,26 @@ def challenged_with_an_adapter(folder: Path, model: Path, seed: str, *at: str) -
         (folder / "diary.txt").write_text(
             " ".join(f"On day {day} of our journey we saw {day + 2} ships." for day in range(999))
         )
-        adapters: set[str] = set()
-        for _ in range(16):
-            said = swarm(
-                "validator", "run", model, "--peers", seed, *at, "--key", folder / "lab.key",
-                "--prompts", folder / "diary.txt", "--state", folder / "lab.state", "--weights",
-                "--publisher", publisher, "--once", "--json", environment=others,
-            )  # fmt: skip
-            made = json.loads(said.splitlines()[1])
-            assert {each["found"] for each in made["findings"]} == {"passed"}
-            assert all(each["by_own_weights"] for each in made["findings"])
-            adapters.add(made["adapter"].partition("@")[0])
-            if "weather" in adapters:
-                break
-        assert "weather" in adapters
+        validating = KeptProcess(
+            [
+                str(SWARM), "validator", "run", str(model), "--peers", seed, *at,
+                "--key", str(folder / "lab.key"), "--prompts", str(folder / "diary.txt"),
+                "--state", str(folder / "lab.state"), "--weights", "--publisher", publisher,
+                "--period", "1", "--json",
+            ],
+            environment={**os.environ, **others},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        with validating:
+            assert validating.stdout is not None
+            events = map(json.loads, validating.stdout)
+            for made in (event for event in events if event["event"] == "challenge"):
+                assert {each["found"] for each in made["findings"]} == {"passed"}
+                assert all(each["by_own_weights"] for each in made["findings"])
+                if made["adapter"].startswith("weather@"):
+                    break
+            else:
+                raise AssertionError("the validator ended without asking with the adapter")
+            validating.stop()
         publishing.stop()

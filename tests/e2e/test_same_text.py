@@ -235,12 +235,10 @@ class TestEverythingThatGenerateDoes:
         reference: Reference,
     ) -> None:
         for ids in (encoded[2], encoded[13], encoded[19]):
-            plain = generate(model, ids, **GREEDY)
-            assert model.latest_session is not None
-            plain_passes = model.latest_session.passes
             looked_up = generate(model, ids, **GREEDY, prompt_lookup_num_tokens=8)
-            assert looked_up == plain == reference.answer(ids, plain)
-            assert model.latest_session.passes < plain_passes
+            assert looked_up == reference.answer(ids, looked_up)
+            assert model.latest_session is not None
+            assert model.latest_session.passes < NEW_TOKENS  # without it a pass for each
 
     def test_the_async_api_streams_the_same_text_and_no_activation_crosses_the_client(
         self,
