@@ -101,7 +101,8 @@ class ClientSettings:
     connect_timeout_s: float = 20.0
     """How long joining the swarm may take."""
     open_timeout_s: float = 30.0
-    """How long opening a chain may take, asking all hops for room included."""
+    """How long opening a chain may take, asking all hops for room included; while no other computer
+    answers at all this does not run."""
     step_timeout_s: float = 120.0
     """How long one step (a token, or a whole prompt) may take through the chain."""
 

@@ -141,14 +141,14 @@ class Router:
         NetworkError when the directory cannot be read. Cancelling is safe.
         """
         known = self._known
-        await self._read_again(OLDEST_VIEW_S)
+        await self._refresh(OLDEST_VIEW_S)
         reasons = dict.fromkeys(excluded, "tried before or in use")
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 answers = await self._willing(first_block, end_block, reasons)
                 break
             except NoRouteError:
-                if attempt == ATTEMPTS or not await self._read_again(READ_AGAIN_S):
+                if attempt == ATTEMPTS or not await self._refresh(READ_AGAIN_S):
                     raise
         # No await from here on: of plans made at the same moment each sees those before it.
         candidates = [self._candidate(answer) for answer in answers]
@@ -171,8 +171,8 @@ class Router:
         added_s += APART_S * sum(frozenset(pair) in apart for pair in pairwise(peers))
         return replace(plan, expected_step_s=plan.expected_step_s - added_s)
 
-    async def _read_again(self, older_than_s: float) -> bool:
-        """Read the directory if the last read is older; whether that was done.
+    async def _refresh(self, older_than_s: float) -> bool:
+        """See to it that the directory was read lately; whether that took a read.
 
         While nobody who keeps it can be reached, what is known already has to do.
         Raises NetworkError when that is nothing.

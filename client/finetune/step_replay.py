@@ -7,6 +7,8 @@ the number of a micro-batch, so that theirs is the same.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from swarm.client.finetune.chain import TrainingChain
 from swarm.client.finetune.commitments import MicroBatchRecord
@@ -28,58 +30,53 @@ async def replay_step(
     ``change``: scale and learning rate of the optimizer's step; None: the micro-batches are not all
     of the step, so that none is taken.
     """
+    async with _running(chain):
+        await chain.restore(step - 1, given.state)
+        outputs, gradients = [], []
+        for record, inputs, upstream in zip(
+            micro_batches, given.activations, given.gradients, strict=True
+        ):
+            outputs.append(
+                await chain.forward(
+                    record.number, record.lengths, inputs, use_adapter=record.use_adapter
+                )
+            )
+            gradients.append(await chain.backward(record.number, upstream))
+        bare: list[WireTensor] = []
+        if chain.request.terms.adapter.method is not Method.NONE and all(
+            record.use_adapter for record in micro_batches
+        ):
+            for index, record in enumerate(micro_batches, 1):
+                bare.append(
+                    await chain.forward(
+                        micro_batches[-1].number + index,
+                        record.lengths,
+                        given.activations[index - 1],
+                        use_adapter=False,
+                        needs_gradient=False,
+                    )
+                )
+        square_sum = state = None
+        if change is not None:
+            square_sum = sum(await chain.square_sums(step, len(micro_batches)))
+            await chain.apply_gradients(step, *change)
+            state = await chain.export_state(step)
+        return StepWork(
+            tuple(outputs),
+            tuple(gradients),
+            tuple(link.dtype_class for link in chain.links),
+            square_sum,
+            state,
+            tuple(bare),
+        )
+
+
+@asynccontextmanager
+async def _running(chain: TrainingChain) -> AsyncIterator[None]:
     running = asyncio.create_task(chain.run())
     try:
         await chain.opened()
-        return await _work(chain, given, micro_batches, step=step, change=change)
+        yield
     finally:
         await chain.close()
         await running
-
-
-async def _work(
-    chain: TrainingChain,
-    given: StepInputs,
-    micro_batches: tuple[MicroBatchRecord, ...],
-    *,
-    step: int,
-    change: tuple[float, float] | None,
-) -> StepWork:
-    await chain.restore(step - 1, given.state)
-    outputs, gradients = [], []
-    for record, inputs, upstream in zip(
-        micro_batches, given.activations, given.gradients, strict=True
-    ):
-        outputs.append(
-            await chain.forward(
-                record.number, record.lengths, inputs, use_adapter=record.use_adapter
-            )
-        )
-        gradients.append(await chain.backward(record.number, upstream))
-    bare: list[WireTensor] = []
-    if chain.request.terms.adapter.method is not Method.NONE and all(
-        record.use_adapter for record in micro_batches
-    ):
-        for index, record in enumerate(micro_batches, 1):
-            bare.append(
-                await chain.forward(
-                    micro_batches[-1].number + index,
-                    record.lengths,
-                    given.activations[index - 1],
-                    use_adapter=False,
-                    needs_gradient=False,
-                )
-            )
-    square_sum = state = None
-    if change is not None:
-        square_sum = sum(await chain.square_sums(step, len(micro_batches)))
-        await chain.apply_gradients(step, *change)
-        state = await chain.export_state(step)
-    return StepWork(
-        tuple(outputs),
-        tuple(gradients),
-        tuple(link.dtype_class for link in chain.links),
-        square_sum,
-        state,
-        tuple(bare),
-    )

@@ -1,4 +1,6 @@
-"""Simulated swarms of 20 to 10,000 nodes: placement, outages, routing, control, sessions.
+"""Simulated swarms of 20 to 10,000 nodes: placement, outages, routing, control and sessions.
+
+Outages are of a third of the nodes (``outages``) or of an organisation (``organisations``).
 
     python -m scripts.bench.simulate                    # everything; hours on one core
     python -m scripts.bench.simulate --quick            # a small part of it, a minute
