@@ -1,26 +1,49 @@
-"""How long one hop's steps take, as it reports them. Pure."""
+"""How long one hop's steps take: by its own word, and by the round trips of our pings. Pure."""
 
 from __future__ import annotations
 
 from collections import deque
-from statistics import fmean, median
+from math import inf
+from statistics import median
 
 HISTORY_STEPS = 256
 RECENT_STEPS = 8
+BEST_STEPS = 4
+"""So many in a row make the best time: one alone may have been luck."""
+RECENT_ROUND_TRIPS = 3
+"""A longer round trip counts when so many in a row are longer: one alone may have had to wait."""
 
 
 class HopSpeed:
-    """What one hop's steps took, queueing included: by step for single tokens, else by token."""
+    """What one hop's steps took, queueing included: by step for single tokens, else by token.
 
-    def __init__(self) -> None:
+    Times of single tokens have the hop's round trip added: what reaches it late, or leaves it late,
+    is slow as well.
+    """
+
+    def __init__(self, promised_s: float = 0.0) -> None:
+        """``promised_s``: for one token, by what the hop was chosen for; 0 where that is unknown.
+
+        Without the round trip.
+        """
+        self._promised_s = promised_s
         self._single_s: deque[float] = deque(maxlen=HISTORY_STEPS)
         self._per_token_s: deque[float] = deque(maxlen=HISTORY_STEPS)
+        self._best_s = inf
+        self._round_trips_s: deque[float] = deque(maxlen=RECENT_ROUND_TRIPS)
+        self._shortest_trip_s = inf
 
     def add(self, tokens: int, duration_s: float) -> None:
-        if tokens == 1:
-            self._single_s.append(duration_s)
-        else:
+        if tokens > 1:
             self._per_token_s.append(duration_s / tokens)
+            return
+        self._single_s.append(duration_s)
+        if len(self._single_s) >= BEST_STEPS:
+            self._best_s = min(self._best_s, median(list(self._single_s)[-BEST_STEPS:]))
+
+    def add_round_trip(self, round_trip_s: float) -> None:
+        self._shortest_trip_s = min(self._shortest_trip_s, round_trip_s)
+        self._round_trips_s.append(round_trip_s)
 
     def expected_s(self, tokens: int) -> float | None:
         """For a step of so many tokens; None while there is nothing to compare with."""
@@ -33,13 +56,23 @@ class HopSpeed:
         return None
 
     @property
-    def slowdown(self) -> float:
-        """The latest single-token steps relative to all of them; 1 while there are too few."""
-        if len(self._single_s) < 4 * RECENT_STEPS:
-            return 1.0
-        return self.recent_s / median(self._single_s)
+    def recent_s(self) -> float:
+        """What a single token takes of late; 0 while there were too few."""
+        if len(self._single_s) < RECENT_STEPS:
+            return 0.0
+        trip_s = min(self._round_trips_s, default=0.0)
+        return median(list(self._single_s)[-RECENT_STEPS:]) + trip_s
 
     @property
-    def recent_s(self) -> float:
-        """Mean of the latest single-token steps."""
-        return fmean(list(self._single_s)[-RECENT_STEPS:])
+    def slowdown(self) -> float:
+        """How much longer single tokens take of late than at their best; 1 while unknown."""
+        return self._relative_to(self._best_s)
+
+    @property
+    def overrun(self) -> float:
+        """How much longer they take of late than was promised; 1 while unknown."""
+        return self._relative_to(self._promised_s) if self._promised_s else 1.0
+
+    def _relative_to(self, compute_s: float) -> float:
+        usual_s = compute_s + (self._shortest_trip_s if self._round_trips_s else 0.0)
+        return self.recent_s / usual_s if self.recent_s and usual_s else 1.0

@@ -103,7 +103,7 @@ class Link:
         """How often the stream from the hop before was made anew since the latest result."""
         self.round_trip_s = 0.0
         """Of the latest ping."""
-        self.speed = HopSpeed()
+        self.speed = HopSpeed(hop.promised_s)
         self.failure: HopFailed | None = None
         self.account: HopAccount | None = None
         """What the hop is vouched for; None when it keeps no books."""
@@ -199,6 +199,7 @@ class Link:
                     self._signs.answered(self._clock.monotonic_s())
                     if self._ping is not None and message.nonce == self._ping.nonce:
                         self.round_trip_s = self._clock.monotonic_s() - self._pinged_s
+                        self.speed.add_round_trip(self.round_trip_s)
                         self._ping = None
                     self.received_step = max(self.received_step, message.received_step)
                     self.computed_step = max(self.computed_step, message.computed_step)

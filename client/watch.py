@@ -7,8 +7,9 @@
   nobody is blamed, and nothing is given up.
 - A step that stands still: pongs say which hop has received and computed what, so that the place
   is known. Between two hops, they are joined anew; in a hop, that hop is replaced.
-- A straggler answers, but its steps take far longer than its own usual ones. It is replaced if a
-  better chain for its blocks is to be had.
+- A straggler answers, but its steps take far longer than they did at their best, or than what it
+  was chosen for, and those of the other hops do not. It is replaced if a better chain for its
+  blocks is to be had, judged by how what was expected of the other hops has come true.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from swarm.client.hop_speed import HopSpeed
 from swarm.client.hops import Hops
 from swarm.client.link import HopFailed, Link
 from swarm.client.planner import Planner
@@ -54,12 +56,15 @@ class WatchSettings:
     """For one hop to compute one step, while nothing is known of its speed."""
     slowness: float = 20.0
     """So many times its usual time (and 5 s at least) may a hop take before it counts as stuck."""
-    straggler: float = 2.0
-    """So many times its usual time over several steps: look for a better hop."""
-    straggler_least_s: float = 0.1
+    straggler: float = 3.0
+    """So many times its best time, or the expected one, over several steps: look for better."""
+    straggler_least_s: float = 0.05
     """Shorter steps are not worth a replacement."""
+    straggler_gain: float = 0.5
+    """What comes instead must take less than this share of the straggler's time."""
     straggler_pause_s: float = 60.0
-    """Between two replacements of stragglers in one chain."""
+    """Between two looks for something better than a straggler; twice as long after each
+    replacement in a chain: where none of them helped, the next one hardly will."""
 
 
 @dataclass(slots=True)
@@ -96,6 +101,7 @@ class Watch:
         self._nonce = 0
         self._examined: set[Link] = set()
         self._standstill: _Standstill | None = None
+        self._straggler_pause_s = settings.straggler_pause_s
         self._last_straggler_s = -settings.straggler_pause_s
         self._looking_for_better = False
         self._is_offline = False
@@ -248,22 +254,27 @@ class Watch:
     # --- stragglers
     def _straggler(self) -> Link | None:
         now_s = self._clock.monotonic_s()
-        if now_s - self._last_straggler_s < self._settings.straggler_pause_s:
+        if now_s - self._last_straggler_s < self._straggler_pause_s:
             return None
         links = self._hops.links
         return next((link for link in links if self._fell_behind(link, links)), None)
 
     def _fell_behind(self, link: Link, links: Sequence[Link]) -> bool:
-        """Whether one hop became slow, and not all of them: then something else is busy."""
-        others = [other.speed.slowdown for other in links if other is not link]
-        common = max(1.0, median(others)) if others else 1.0
+        """Whether one hop is slow, and not all of them: then something else is busy."""
+        others = _speeds_beside(link, links)
+        slowdown = link.speed.slowdown
+        overrun = 1.0
+        if others:
+            slowdown /= max(1.0, median(speed.slowdown for speed in others))
+            # Alone a promise says little: nodes make it when they start, on an idle computer.
+            overrun = link.speed.overrun / max(1.0, median(speed.overrun for speed in others))
         return (
-            link.speed.slowdown > self._settings.straggler * common
+            max(slowdown, overrun) > self._settings.straggler
             and link.speed.recent_s > self._settings.straggler_least_s
         )
 
     async def _replace_straggler(self) -> None:
-        """Give up a hop that became slow, if the rest of the swarm has something better."""
+        """Give up a hop that is slow, if the rest of the swarm has something better."""
         try:
             link = self._straggler()
             if link is None:
@@ -277,11 +288,27 @@ class Watch:
                 previous=before,
                 following=after,
             )
-            still_slow = link.failure is None and self._fell_behind(link, self._hops.links)
-            if still_slow and plan.expected_step_s < 0.7 * link.speed.recent_s:
-                reason = NetworkError("became far slower than it was")
+            links = self._hops.links
+            expected_s = plan.expected_step_s * _correction(link, links)
+            still_slow = link.failure is None and self._fell_behind(link, links)
+            if still_slow and expected_s < self._settings.straggler_gain * link.speed.recent_s:
+                self._straggler_pause_s *= 2
+                reason = NetworkError("is far slower than it should be")
                 self._hops.lose(link, HopFailed(link.hop, reason))
         except SwarmError as error:
             log.debug("nobody to replace a straggler with: %s", error)
         finally:
             self._looking_for_better = False
+
+
+def _speeds_beside(link: Link, links: Sequence[Link]) -> list[HopSpeed]:
+    return [other.speed for other in links if other is not link]
+
+
+def _correction(link: Link, links: Sequence[Link]) -> float:
+    """What expected times are to be multiplied by, as this chain has shown: by how the other hops
+    do; where there are none, by how ``link`` did at its best."""
+    others = _speeds_beside(link, links)
+    if others:
+        return median(speed.overrun for speed in others)
+    return link.speed.overrun / link.speed.slowdown

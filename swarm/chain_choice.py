@@ -208,7 +208,14 @@ def choose_chain(
     while step is not None:
         record = records[step.node]
         hops.append(
-            Hop(record.peer_id, record.display_name, record.addresses, step.first_block, end)
+            Hop(
+                record.peer_id,
+                record.display_name,
+                record.addresses,
+                step.first_block,
+                end,
+                block_s=block_s[step.node],
+            )
         )
         end, step = step.first_block, step.before
     return ChainPlan(tuple(reversed(hops)), total_s)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from ipaddress import ip_address
 from itertools import groupby
@@ -61,6 +61,13 @@ class Hop:
     addresses: tuple[str, ...]
     first_block: int
     end_block: int
+    block_s: float = field(default=0.0, compare=False)
+    """One token through one block, as it was expected when the hop was chosen; 0: unknown."""
+
+    @property
+    def promised_s(self) -> float:
+        """One token through all of its blocks, as it was expected; 0: unknown."""
+        return self.block_s * (self.end_block - self.first_block)
 
 
 @dataclass(frozen=True, slots=True)

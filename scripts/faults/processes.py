@@ -16,7 +16,8 @@ import psutil
 
 from scripts.local_swarm import Member
 
-SLOW_PERIOD_S = 0.1
+SLOW_PERIOD_S = 0.02
+"""About as long as a step, so that each of them is slowed and not only some."""
 
 
 class Fault(Protocol):
@@ -117,7 +118,7 @@ class Freeze:
 
 
 class Slow:
-    """The node runs ``factor`` times slower: it is stopped for most of each tenth of a second."""
+    """The node runs ``factor`` times slower: it is stopped most of the time, again and again."""
 
     kind: ClassVar[str] = "slow"
     ends_node: ClassVar[bool] = False

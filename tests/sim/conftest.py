@@ -315,6 +315,8 @@ class ToyPlanner:
         """Nodes that it does not know of (yet)."""
         self.longest_blocks = len(swarm.nodes) * 8
         """It never asks one hop for more than these."""
+        self.promised_block_s = 0.0
+        """What it expects of every node; 0: it promises nothing, and knows how long steps take."""
 
     async def plan(
         self,
@@ -335,13 +337,22 @@ class ToyPlanner:
                 twice = any(hop.peer_id == peer.peer_id for hop in hops)
                 if usable and not twice and engine.first_block <= start < engine.end_block:
                     end = min(engine.end_block, end_block, start + self.longest_blocks)
-                    addresses = self._swarm.addresses
-                    hops.append(PlannedHop(peer.peer_id, f"node {index}", addresses, start, end))
+                    hop = PlannedHop(
+                        peer.peer_id,
+                        f"node {index}",
+                        self._swarm.addresses,
+                        start,
+                        end,
+                        block_s=self.promised_block_s,
+                    )
+                    hops.append(hop)
                     start = end
                     break
             else:
                 raise NoRouteError(f"block {start} is served by nobody", missing_blocks=(start,))
-        step_s = sum(self._swarm.node_of(hop.peer_id).engine.step_s for hop in hops)
+        step_s = sum(
+            hop.promised_s or self._swarm.node_of(hop.peer_id).engine.step_s for hop in hops
+        )
         return ChainPlan(tuple(hops), step_s)
 
     def _is_failed(self, failed: set[PeerId]) -> Callable[[int], bool]:

@@ -339,26 +339,126 @@ def test_two_that_contradict_each_other_are_not_joined_again(
     virtual_time.run(main())
 
 
+async def is_replaced(
+    swarm: Any, chain: Chain, talk: Conversation, hop: int, *, within_steps: int
+) -> bool:
+    """Whether this node of the chain is given up in so many steps of one token."""
+    peer = swarm.nodes[hop].peer.peer_id
+    for _ in range(within_steps):
+        await talk.step(1)
+        if peer not in {planned.peer_id for planned in chain.plan.hops}:
+            return True
+    return False
+
+
 @pytest.mark.parametrize("hop", CHAIN)
 @pytest.mark.parametrize("others_are_slow", [False, True])
-def test_a_straggler_is_replaced_if_there_is_something_better(
-    toy_swarm: Any, toy_blocks: Any, make_tensor: Any, hop: int, others_are_slow: bool
+@pytest.mark.parametrize("steps_before", [5, 40])
+def test_a_hop_that_becomes_slow_is_replaced_if_there_is_something_better(
+    toy_swarm: Any,
+    toy_blocks: Any,
+    make_tensor: Any,
+    hop: int,
+    others_are_slow: bool,
+    steps_before: int,
 ) -> None:
     async def main() -> None:
         swarm = toy_swarm(SPANS, settings=LINKS)
         await swarm.start()
         async with swarm.chain(*CHAIN, maximum_tokens=MAXIMUM_TOKENS) as chain:
             talk = Conversation(chain, 1, 1, toy_blocks, make_tensor)
-            for _ in range(40):
+            for _ in range(steps_before):
                 await talk.step(1)
             for index, node in enumerate(swarm.nodes):
                 if index == hop or others_are_slow:
                     node.engine.step_s = 0.5
-            for _ in range(40):
+            replaced = await is_replaced(swarm, chain, talk, hop, within_steps=20)
+            assert replaced == (not others_are_slow)
+        await swarm.assert_nothing_left()
+
+    virtual_time.run(main())
+
+
+@pytest.mark.parametrize("all_are_slow", [False, True])
+def test_a_hop_that_is_slow_from_the_start_is_measured_by_its_promise(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any, all_are_slow: bool
+) -> None:
+    """If none of the chain does what was expected, expecting better elsewhere is in vain."""
+
+    async def main() -> None:
+        swarm = toy_swarm(SPANS, settings=LINKS)
+        for index, node in enumerate(swarm.nodes):
+            node.engine.step_s = 0.5 if index == 1 or all_are_slow else 0.004
+        await swarm.start()
+        planner = swarm.planner(*CHAIN)
+        planner.promised_block_s = 0.002
+        async with swarm.chain(planner=planner, maximum_tokens=MAXIMUM_TOKENS) as chain:
+            talk = Conversation(chain, 1, 1, toy_blocks, make_tensor)
+            replaced = await is_replaced(swarm, chain, talk, 1, within_steps=40)
+            assert replaced == (not all_are_slow)
+        await swarm.assert_nothing_left()
+
+    virtual_time.run(main())
+
+
+def test_the_only_hop_of_a_chain_is_replaced_when_it_becomes_slow(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any
+) -> None:
+    async def main() -> None:
+        swarm = toy_swarm(((0, 6), (0, 6)), settings=LINKS)
+        await swarm.start()
+        async with swarm.chain(0, maximum_tokens=MAXIMUM_TOKENS) as chain:
+            talk = Conversation(chain, 1, 1, toy_blocks, make_tensor)
+            for _ in range(5):
                 await talk.step(1)
-            peers = {planned.peer_id for planned in chain.plan.hops}
-            stays = swarm.nodes[hop].peer.peer_id in peers
-            assert stays == others_are_slow
+            swarm.nodes[0].engine.step_s = 0.5
+            assert await is_replaced(swarm, chain, talk, 0, within_steps=20)
+        await swarm.assert_nothing_left()
+
+    virtual_time.run(main())
+
+
+def test_a_hop_behind_a_link_that_became_slow_is_replaced(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any
+) -> None:
+    """It computes as fast as ever, but whatever reaches or leaves it takes its time."""
+
+    async def main() -> None:
+        swarm = toy_swarm(SPANS, settings=LINKS)
+        await swarm.start()
+        async with swarm.chain(*CHAIN, maximum_tokens=MAXIMUM_TOKENS) as chain:
+            talk = Conversation(chain, 1, 1, toy_blocks, make_tensor)
+            for _ in range(20):
+                await talk.step(1)
+            behind = swarm.nodes[1].peer.peer_id
+            others = [node.peer.peer_id for node in swarm.nodes if node.peer.peer_id != behind]
+            for other in (swarm.client.peer_id, *others):
+                swarm.network.set_link(behind, other, LinkSettings(latency_s=0.3))
+            assert await is_replaced(swarm, chain, talk, 1, within_steps=20)
+        await swarm.assert_nothing_left()
+
+    virtual_time.run(main())
+
+
+def test_replacing_stragglers_that_never_helps_is_done_less_and_less(
+    toy_swarm: Any, toy_blocks: Any, make_tensor: Any
+) -> None:
+    """All nodes of some blocks promise a thousandth of what they take."""
+    spans = ((0, 2), (2, 4), (4, 6), (2, 4), (2, 4))
+
+    async def main() -> None:
+        swarm = toy_swarm(spans, settings=LINKS)
+        await swarm.start()
+        for index in (1, 3, 4):
+            swarm.nodes[index].engine.step_s = 8.0
+        planner = swarm.planner(*CHAIN)
+        planner.promised_block_s = 0.004
+        async with swarm.chain(planner=planner, maximum_tokens=MAXIMUM_TOKENS) as chain:
+            talk = Conversation(chain, 1, 1, toy_blocks, make_tensor)
+            started_s = swarm.clock.monotonic_s()
+            while swarm.clock.monotonic_s() < started_s + 1000:
+                await talk.step(1)
+            assert 2 <= len(planner.failures) <= 4
         await swarm.assert_nothing_left()
 
     virtual_time.run(main())

@@ -119,6 +119,14 @@ def test_a_gap_is_filled_near_its_neighbours(make_record: MakeRecord) -> None:
     assert spans(choose_chain([near, beside], 10, 20)) == [("0", 10, 20)]
 
 
+def test_hops_say_what_was_expected_of_them(make_record: MakeRecord) -> None:
+    """What their speed is compared with later: computing, without links."""
+    slow, fast = make_record(0, 20), make_record(10, 30, decode_tokens_per_s=2000)
+    plan = choose_chain([idle(slow, 0.2), idle(fast, 0.01)], 0, 30)
+    assert spans(plan) == [("0", 0, 10), ("1", 10, 30)]
+    assert [hop.promised_s for hop in plan.hops] == pytest.approx([10 / 1000, 20 / 2000])
+
+
 def test_links_are_estimated_within_the_triangle() -> None:
     near, far = Place(0.02), Place(0.1)
     assert one_way_s(CLIENT, far) == one_way_s(far, CLIENT) == pytest.approx(0.05)
