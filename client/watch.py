@@ -20,7 +20,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median_low
 
 from swarm.client.hop_speed import HopSpeed
 from swarm.client.hops import Hops
@@ -162,9 +162,9 @@ class Watch:
                 self._examined.add(link)
                 tasks.create_task(self._examine(link))
         self._look_for_standstill(now_s)
-        if self._straggler() is not None and not self._looking_for_better:
+        if not self._looking_for_better and self._stragglers():
             self._looking_for_better = True
-            tasks.create_task(self._replace_straggler())
+            tasks.create_task(self._replace_stragglers())
 
     # --- silence
     async def _ping(self, link: Link) -> None:
@@ -252,35 +252,41 @@ class Watch:
         return max(5.0, self._settings.slowness * expected_s)
 
     # --- stragglers
-    def _straggler(self) -> Link | None:
+    def _stragglers(self) -> list[Link]:
         now_s = self._clock.monotonic_s()
         if now_s - self._last_straggler_s < self._straggler_pause_s:
-            return None
+            return []
         links = self._hops.links
-        return next((link for link in links if self._fell_behind(link, links)), None)
+        return [link for link in links if self._fell_behind(link, links)]
 
     def _fell_behind(self, link: Link, links: Sequence[Link]) -> bool:
-        """Whether one hop is slow, and not all of them: then something else is busy."""
+        """Whether a hop is slow, and others are not: else something that all share is busy."""
         others = _speeds_beside(link, links)
         slowdown = link.speed.slowdown
         overrun = 1.0
         if others:
-            slowdown /= max(1.0, median(speed.slowdown for speed in others))
+            slowdown /= max(1.0, median_low(speed.slowdown for speed in others))
             # Alone a promise says little: nodes make it when they start, on an idle computer.
-            overrun = link.speed.overrun / max(1.0, median(speed.overrun for speed in others))
+            overrun = link.speed.overrun / max(1.0, median_low(speed.overrun for speed in others))
         return (
             max(slowdown, overrun) > self._settings.straggler
             and link.speed.recent_s > self._settings.straggler_least_s
         )
 
-    async def _replace_straggler(self) -> None:
-        """Give up a hop that is slow, if the rest of the swarm has something better."""
+    async def _replace_stragglers(self) -> None:
+        """Give up hops that are slow, if the rest of the swarm has something better."""
         try:
-            link = self._straggler()
-            if link is None:
-                return
+            stragglers = self._stragglers()
             self._last_straggler_s = self._clock.monotonic_s()
-            before, after = self._hops.peers_around(link)
+            replaced = [await self._replace_straggler(link) for link in stragglers]
+            if any(replaced):
+                self._straggler_pause_s *= 2
+        finally:
+            self._looking_for_better = False
+
+    async def _replace_straggler(self, link: Link) -> bool:
+        before, after = self._hops.peers_around(link)
+        try:
             plan = await self._planner.plan(
                 link.hop.first_block,
                 link.hop.end_block,
@@ -288,17 +294,18 @@ class Watch:
                 previous=before,
                 following=after,
             )
-            links = self._hops.links
-            expected_s = plan.expected_step_s * _correction(link, links)
-            still_slow = link.failure is None and self._fell_behind(link, links)
-            if still_slow and expected_s < self._settings.straggler_gain * link.speed.recent_s:
-                self._straggler_pause_s *= 2
-                reason = NetworkError("is far slower than it should be")
-                self._hops.lose(link, HopFailed(link.hop, reason))
         except SwarmError as error:
             log.debug("nobody to replace a straggler with: %s", error)
-        finally:
-            self._looking_for_better = False
+            return False
+        links = self._hops.links
+        if link.failure is not None or not self._fell_behind(link, links):
+            return False
+        expected_s = plan.expected_step_s * _correction(link, links)
+        if expected_s > self._settings.straggler_gain * link.speed.recent_s:
+            return False
+        reason = NetworkError("is far slower than it should be")
+        self._hops.lose(link, HopFailed(link.hop, reason))
+        return True
 
 
 def _speeds_beside(link: Link, links: Sequence[Link]) -> list[HopSpeed]:
@@ -310,5 +317,5 @@ def _correction(link: Link, links: Sequence[Link]) -> float:
     do; where there are none, by how ``link`` did at its best."""
     others = _speeds_beside(link, links)
     if others:
-        return median(speed.overrun for speed in others)
+        return median_low(speed.overrun for speed in others)
     return link.speed.overrun / link.speed.slowdown

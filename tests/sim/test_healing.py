@@ -351,14 +351,14 @@ async def is_replaced(
     return False
 
 
-@pytest.mark.parametrize("hop", CHAIN)
+@pytest.mark.parametrize("slow", [(0,), (1,), (2,), (0, 1), (1, 2)])
 @pytest.mark.parametrize("others_are_slow", [False, True])
 @pytest.mark.parametrize("steps_before", [5, 40])
-def test_a_hop_that_becomes_slow_is_replaced_if_there_is_something_better(
+def test_hops_that_become_slow_are_replaced_if_there_is_something_better(
     toy_swarm: Any,
     toy_blocks: Any,
     make_tensor: Any,
-    hop: int,
+    slow: tuple[int, ...],
     others_are_slow: bool,
     steps_before: int,
 ) -> None:
@@ -370,10 +370,11 @@ def test_a_hop_that_becomes_slow_is_replaced_if_there_is_something_better(
             for _ in range(steps_before):
                 await talk.step(1)
             for index, node in enumerate(swarm.nodes):
-                if index == hop or others_are_slow:
+                if index in slow or others_are_slow:
                     node.engine.step_s = 0.5
-            replaced = await is_replaced(swarm, chain, talk, hop, within_steps=20)
-            assert replaced == (not others_are_slow)
+            for hop in slow:
+                replaced = await is_replaced(swarm, chain, talk, hop, within_steps=20)
+                assert replaced == (not others_are_slow)
         await swarm.assert_nothing_left()
 
     virtual_time.run(main())
