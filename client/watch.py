@@ -62,9 +62,11 @@ class WatchSettings:
     """Shorter steps are not worth a replacement."""
     straggler_gain: float = 0.5
     """What comes instead must take less than this share of the straggler's time."""
+    straggler_look_s: float = 10.0
+    """Between two looks for something better than a straggler."""
     straggler_pause_s: float = 60.0
-    """Between two looks for something better than a straggler; twice as long after each
-    replacement in a chain: where none of them helped, the next one hardly will."""
+    """After a replacement, and twice as long after each further one in a chain: where none of them
+    helped, the next one hardly will."""
 
 
 @dataclass(slots=True)
@@ -102,7 +104,7 @@ class Watch:
         self._examined: set[Link] = set()
         self._standstill: _Standstill | None = None
         self._straggler_pause_s = settings.straggler_pause_s
-        self._last_straggler_s = -settings.straggler_pause_s
+        self._next_straggler_s = -math.inf
         self._looking_for_better = False
         self._is_offline = False
 
@@ -253,8 +255,7 @@ class Watch:
 
     # --- stragglers
     def _stragglers(self) -> list[Link]:
-        now_s = self._clock.monotonic_s()
-        if now_s - self._last_straggler_s < self._straggler_pause_s:
+        if self._clock.monotonic_s() < self._next_straggler_s:
             return []
         links = self._hops.links
         return [link for link in links if self._fell_behind(link, links)]
@@ -276,11 +277,12 @@ class Watch:
     async def _replace_stragglers(self) -> None:
         """Give up hops that are slow, if the rest of the swarm has something better."""
         try:
-            stragglers = self._stragglers()
-            self._last_straggler_s = self._clock.monotonic_s()
-            replaced = [await self._replace_straggler(link) for link in stragglers]
+            replaced = [await self._replace_straggler(link) for link in self._stragglers()]
+            pause_s = self._settings.straggler_look_s
             if any(replaced):
+                pause_s = self._straggler_pause_s
                 self._straggler_pause_s *= 2
+            self._next_straggler_s = self._clock.monotonic_s() + pause_s
         finally:
             self._looking_for_better = False
 
@@ -301,7 +303,9 @@ class Watch:
         if link.failure is not None or not self._fell_behind(link, links):
             return False
         expected_s = plan.expected_step_s * _correction(link, links)
-        if expected_s > self._settings.straggler_gain * link.speed.recent_s:
+        recent_s = link.speed.recent_s
+        log.info("%s takes %.3f s a token, others %.3f s", link.peer_id, recent_s, expected_s)
+        if expected_s > self._settings.straggler_gain * recent_s:
             return False
         reason = NetworkError("is far slower than it should be")
         self._hops.lose(link, HopFailed(link.hop, reason))

@@ -99,32 +99,21 @@ class ContentionMeter:
 
 
 def read_waited_s(threads: Collection[int], tasks: Path = Path("/proc/self/task")) -> float | None:
-    """How long these threads have waited for a core so far; None where unknown.
+    """How long these threads have waited for a core so far; None where the kernel does not tell.
 
     Only those that compute count. The event loop of a node also waits, for the cores on which the
     other nodes of a chain compute, one after the other; giving threads up would help nobody.
     """
-    schedule = read_schedule_s(tasks, threads)
-    return None if schedule is None else schedule[1]
-
-
-def read_schedule_s(
-    tasks: Path = Path("/proc/self/task"), threads: Collection[int] | None = None
-) -> tuple[float, float] | None:
-    """How long threads of this process, by default all, have run on a core and waited for one.
-
-    None where the kernel does not tell.
-    """
-    ran_ns = waited_ns = 0
+    waited_ns = 0
     try:
         for thread in os.listdir(tasks):
-            if threads is not None and int(thread) not in threads:
+            if int(thread) not in threads:
                 continue
             try:
-                ran, waited = (tasks / thread / "schedstat").read_text().split()[:2]
+                _, waited = (tasks / thread / "schedstat").read_text().split()[:2]
             except FileNotFoundError:  # the thread ended meanwhile
                 continue
-            ran_ns, waited_ns = ran_ns + int(ran), waited_ns + int(waited)
+            waited_ns += int(waited)
     except (OSError, ValueError):
         return None
-    return ran_ns / 1e9, waited_ns / 1e9
+    return waited_ns / 1e9

@@ -128,7 +128,10 @@ def run_matrix(plan: MatrixPlan, console: Console) -> bool:
                         continue
                     for stage in plan.stages * plan.timing_rounds:
                         await arena.mended()  # nobody else uses the cores
-                        task = patient if kind == SLOW else long
+                        task = long
+                        if kind == SLOW:
+                            task = patient
+                            await watched.forget()
                         outcome, line = await timed(runner, kind, stage, task, prefill_s)
                         outcomes.append(outcome)
                         print_outcome(console, outcome)
