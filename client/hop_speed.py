@@ -9,7 +9,8 @@ from statistics import median
 HISTORY_STEPS = 256
 RECENT_STEPS = 8
 BEST_STEPS = 4
-"""So many in a row make the best time: one alone may have been luck."""
+"""So many in a row make the best time: one alone may have been luck. Of the history only, since a
+step takes the longer the more positions are before it."""
 RECENT_ROUND_TRIPS = 3
 """A longer round trip counts when so many in a row are longer: one alone may have had to wait."""
 
@@ -17,8 +18,8 @@ RECENT_ROUND_TRIPS = 3
 class HopSpeed:
     """What one hop's steps took, queueing included: by step for single tokens, else by token.
 
-    Times of single tokens have the hop's round trip added: what reaches it late, or leaves it late,
-    is slow as well.
+    What single tokens take of late, and what that is compared with, have the hop's round trip
+    added: what reaches it late, or leaves it late, is slow as well.
     """
 
     def __init__(self, promised_s: float = 0.0) -> None:
@@ -28,8 +29,9 @@ class HopSpeed:
         """
         self._promised_s = promised_s
         self._single_s: deque[float] = deque(maxlen=HISTORY_STEPS)
+        self._recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self._per_token_s: deque[float] = deque(maxlen=HISTORY_STEPS)
-        self._best_s = inf
+        self._runs_s: deque[float] = deque(maxlen=HISTORY_STEPS)
         self._round_trips_s: deque[float] = deque(maxlen=RECENT_ROUND_TRIPS)
         self._shortest_trip_s = inf
 
@@ -38,8 +40,9 @@ class HopSpeed:
             self._per_token_s.append(duration_s / tokens)
             return
         self._single_s.append(duration_s)
-        if len(self._single_s) >= BEST_STEPS:
-            self._best_s = min(self._best_s, median(list(self._single_s)[-BEST_STEPS:]))
+        self._recent_s.append(duration_s)
+        if len(self._recent_s) >= BEST_STEPS:
+            self._runs_s.append(median(list(self._recent_s)[-BEST_STEPS:]))
 
     def add_round_trip(self, round_trip_s: float) -> None:
         self._shortest_trip_s = min(self._shortest_trip_s, round_trip_s)
@@ -58,15 +61,14 @@ class HopSpeed:
     @property
     def recent_s(self) -> float:
         """What a single token takes of late; 0 while there were too few."""
-        if len(self._single_s) < RECENT_STEPS:
+        if len(self._recent_s) < RECENT_STEPS:
             return 0.0
-        trip_s = min(self._round_trips_s, default=0.0)
-        return median(list(self._single_s)[-RECENT_STEPS:]) + trip_s
+        return median(self._recent_s) + min(self._round_trips_s, default=0.0)
 
     @property
     def slowdown(self) -> float:
         """How much longer single tokens take of late than at their best; 1 while unknown."""
-        return self._relative_to(self._best_s)
+        return self._relative_to(min(self._runs_s, default=0.0))
 
     @property
     def overrun(self) -> float:
@@ -74,5 +76,6 @@ class HopSpeed:
         return self._relative_to(self._promised_s) if self._promised_s else 1.0
 
     def _relative_to(self, compute_s: float) -> float:
+        recent_s = self.recent_s
         usual_s = compute_s + (self._shortest_trip_s if self._round_trips_s else 0.0)
-        return self.recent_s / usual_s if self.recent_s and usual_s else 1.0
+        return recent_s / usual_s if recent_s and usual_s else 1.0

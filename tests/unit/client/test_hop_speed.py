@@ -25,9 +25,16 @@ def test_nothing_is_said_of_few_steps() -> None:
     assert speed_of().expected_s(1) is None
 
 
-def test_it_is_compared_with_its_best_steps_however_long_it_has_been_slow() -> None:
-    speed = speed_of(*[0.1] * BEST_STEPS, *[0.5] * 300)
+def test_it_is_compared_with_its_best_steps_long_after_it_became_slow() -> None:
+    speed = speed_of(*[0.1] * BEST_STEPS, *[0.5] * 200)
     assert speed.slowdown == pytest.approx(5.0)
+
+
+def test_what_takes_longer_bit_by_bit_did_not_become_slow() -> None:
+    """As attention does over a long answer."""
+    speed = speed_of(*(0.1 + step / 5000 for step in range(4000)))
+    assert speed.recent_s == pytest.approx(0.9, rel=0.01)
+    assert speed.slowdown < 1.1
 
 
 def test_one_step_says_little() -> None:
