@@ -68,14 +68,30 @@ class HopSpeed:
     @property
     def slowdown(self) -> float:
         """How much longer single tokens take of late than at their best; 1 while unknown."""
-        return self._relative_to(min(self._runs_s, default=0.0))
+        return _ratio(self.recent_s, self._best_s)
 
     @property
     def overrun(self) -> float:
         """How much longer they take of late than was promised; 1 while unknown."""
-        return self._relative_to(self._promised_s) if self._promised_s else 1.0
+        return _ratio(self.recent_s, self._expected_s)
 
-    def _relative_to(self, compute_s: float) -> float:
-        recent_s = self.recent_s
-        usual_s = compute_s + (self._shortest_trip_s if self._round_trips_s else 0.0)
-        return recent_s / usual_s if recent_s and usual_s else 1.0
+    @property
+    def overrun_at_best(self) -> float:
+        """How much longer they took at their best than was promised; 1 while unknown."""
+        return _ratio(self._best_s, self._expected_s)
+
+    @property
+    def _best_s(self) -> float:
+        return min(self._runs_s) + self._trip_s if self._runs_s else 0.0
+
+    @property
+    def _expected_s(self) -> float:
+        return self._promised_s + self._trip_s if self._promised_s else 0.0
+
+    @property
+    def _trip_s(self) -> float:
+        return self._shortest_trip_s if self._round_trips_s else 0.0
+
+
+def _ratio(one_s: float, other_s: float) -> float:
+    return one_s / other_s if one_s and other_s else 1.0

@@ -322,4 +322,4 @@ def _correction(link: Link, links: Sequence[Link]) -> float:
     others = _speeds_beside(link, links)
     if others:
         return median_low(speed.overrun for speed in others)
-    return link.speed.overrun / link.speed.slowdown
+    return link.speed.overrun_at_best

@@ -47,7 +47,10 @@ def test_one_step_says_little() -> None:
 def test_it_is_compared_with_what_was_promised() -> None:
     assert speed_of(*[0.5] * 8, promised_s=0.1).overrun == pytest.approx(5.0)
     assert speed_of(*[0.05] * 8, promised_s=0.1).overrun == pytest.approx(0.5)
-    assert speed_of(*[0.5] * 8).overrun == 1.0
+    became_slow = speed_of(*[0.2] * 8, *[0.8] * 8, promised_s=0.1)
+    assert became_slow.overrun == pytest.approx(8.0)
+    assert became_slow.overrun_at_best == pytest.approx(2.0)
+    assert speed_of(*[0.5] * 8).overrun == speed_of(*[0.5] * 8).overrun_at_best == 1.0
 
 
 def test_round_trips_are_added_to_both_sides() -> None:
