@@ -87,7 +87,12 @@ class Link:
     """One hop of a session, seen by its client."""
 
     def __init__(
-        self, hop: PlannedHop, connection: Connection, opened: SessionOpened, clock: Clock
+        self,
+        hop: PlannedHop,
+        connection: Connection,
+        opened: SessionOpened,
+        clock: Clock,
+        rows: int = 1,
     ) -> None:
         self.hop = hop
         self.connection = connection
@@ -103,7 +108,8 @@ class Link:
         """How often the stream from the hop before was made anew since the latest result."""
         self.round_trip_s = 0.0
         """Of the latest ping."""
-        self.speed = HopSpeed(hop.promised_s)
+        # What was expected is of one row; how much longer several take depends on the device.
+        self.speed = HopSpeed(hop.promised_s if rows == 1 else 0.0)
         self.failure: HopFailed | None = None
         self.account: HopAccount | None = None
         """What the hop is vouched for; None when it keeps no books."""
@@ -154,7 +160,7 @@ class Link:
                 if opened.adapter_id != request.adapter_id:
                     # Older nodes do not know the field: they would answer as the bare model.
                     raise ProtocolError(ErrorCode.BAD_FIELD, "computes without the adapter")
-                link = cls(hop, connection, opened, clock)
+                link = cls(hop, connection, opened, clock, request.rows)
                 if grant is not None and opened.keeps_books:
                     link.account = HopAccount(grant, hop.peer_id, request, opened, clock)
                 return link
