@@ -23,15 +23,20 @@ RELAY_LIMITS = {
     "relayDataLimit": 1 << 40,
 }
 """How much a relay does for others, in p2pd's words."""
+RELAY_CORES = "1"
+"""See ``relay_daemon``."""
 OWN_SESSION = """
 import ctypes, os, signal, sys
 os.setsid()
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-os.execv(sys.argv[1], sys.argv[1:])
+if sys.argv[1]:
+    os.environ["GOMAXPROCS"] = sys.argv[1]
+os.execv(sys.argv[2], sys.argv[2:])
 """
-"""Starts p2pd out of reach of the terminal's Ctrl-C, which would end it before we could say that we
-leave; where the kernel can do it, p2pd ends with us, even when we are killed."""
+"""Starts p2pd on so many cores (empty: all of them), and out of reach of the terminal's Ctrl-C,
+which would end it before we could say that we leave; where the kernel can do it, p2pd ends with us,
+even when we are killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,9 @@ async def start_daemon(
         @staticmethod
         def _make_process_args(*arguments: Any, **options: Any) -> list[str]:
             command: list[str] = P2P._make_process_args(*arguments, **options)  # noqa: SLF001
-            return [sys.executable, "-I", "-S", "-c", OWN_SESSION, *command, *relay_flags]
+            cores = RELAY_CORES if settings.relay_for_others else ""
+            starter = [sys.executable, "-I", "-S", "-c", OWN_SESSION, cores]
+            return [*starter, *command, *relay_flags]
 
     try:
         return await Daemon.create(

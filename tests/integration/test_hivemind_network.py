@@ -20,7 +20,9 @@ import psutil
 import pytest
 
 from swarm.hivemind_network import HivemindNetwork, NetworkSettings
+from swarm.hivemind_network.daemon import start_daemon, stop_daemon
 from swarm.hivemind_network.directory import BoundedSerializer, SignedRecords, directory_id
+from swarm.hivemind_network.relay_daemon import ASKING, relays
 from swarm.hivemind_network.relays import reserve
 from swarm.hivemind_network.requests import connect
 from swarm.ports import Stream
@@ -259,6 +261,24 @@ async def test_only_peers_that_were_told_to_relay_give_places(tmp_path: Path) ->
                 await reserve(asking._p2p, other.peer_id)
         finally:
             await relay.close()
+
+
+async def test_daemons_that_relay_do_so_from_their_start(tmp_path: Path) -> None:
+    """And not after many attempts: their two relays must not race with each other."""
+    for name in ("asking", "relay"):
+        Identity.load_or_create(tmp_path / name)
+    asking = await start_daemon(tmp_path / "asking", ASKING)
+    at_once = 0
+    try:
+        for _ in range(5):
+            daemon = await start_daemon(
+                tmp_path / "relay", replace(LOOPBACK, relay_for_others=True)
+            )
+            at_once += await relays(daemon, asking)
+            await stop_daemon(daemon)
+    finally:
+        await stop_daemon(asking)
+    assert at_once >= 3
 
 
 async def kill_daemon(network: HivemindNetwork) -> None:
