@@ -29,7 +29,6 @@ class HopSpeed:
         """
         self._promised_s = promised_s
         self._single_s: deque[float] = deque(maxlen=HISTORY_STEPS)
-        self._recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self._per_token_s: deque[float] = deque(maxlen=HISTORY_STEPS)
         self._runs_s: deque[float] = deque(maxlen=HISTORY_STEPS)
         self._round_trips_s: deque[float] = deque(maxlen=RECENT_ROUND_TRIPS)
@@ -40,9 +39,8 @@ class HopSpeed:
             self._per_token_s.append(duration_s / tokens)
             return
         self._single_s.append(duration_s)
-        self._recent_s.append(duration_s)
-        if len(self._recent_s) >= BEST_STEPS:
-            self._runs_s.append(median(list(self._recent_s)[-BEST_STEPS:]))
+        if len(self._single_s) >= BEST_STEPS:
+            self._runs_s.append(median(list(self._single_s)[-BEST_STEPS:]))
 
     def add_round_trip(self, round_trip_s: float) -> None:
         self._shortest_trip_s = min(self._shortest_trip_s, round_trip_s)
@@ -61,9 +59,10 @@ class HopSpeed:
     @property
     def recent_s(self) -> float:
         """What a single token takes of late; 0 while there were too few."""
-        if len(self._recent_s) < RECENT_STEPS:
+        if len(self._single_s) < RECENT_STEPS:
             return 0.0
-        return median(self._recent_s) + min(self._round_trips_s, default=0.0)
+        trip_s = min(self._round_trips_s, default=0.0)
+        return median(list(self._single_s)[-RECENT_STEPS:]) + trip_s
 
     @property
     def slowdown(self) -> float:
@@ -73,23 +72,23 @@ class HopSpeed:
     @property
     def overrun(self) -> float:
         """How much longer they take of late than was promised; 1 while unknown."""
-        return _ratio(self.recent_s, self._expected_s)
+        return _ratio(self.recent_s, self._promised_with_trip_s)
 
     @property
     def overrun_at_best(self) -> float:
         """How much longer they took at their best than was promised; 1 while unknown."""
-        return _ratio(self._best_s, self._expected_s)
+        return _ratio(self._best_s, self._promised_with_trip_s)
 
     @property
     def _best_s(self) -> float:
-        return min(self._runs_s) + self._trip_s if self._runs_s else 0.0
+        return min(self._runs_s) + self._usual_trip_s if self._runs_s else 0.0
 
     @property
-    def _expected_s(self) -> float:
-        return self._promised_s + self._trip_s if self._promised_s else 0.0
+    def _promised_with_trip_s(self) -> float:
+        return self._promised_s + self._usual_trip_s if self._promised_s else 0.0
 
     @property
-    def _trip_s(self) -> float:
+    def _usual_trip_s(self) -> float:
         return self._shortest_trip_s if self._round_trips_s else 0.0
 
 

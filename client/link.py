@@ -92,7 +92,7 @@ class Link:
         connection: Connection,
         opened: SessionOpened,
         clock: Clock,
-        rows: int = 1,
+        rows: int,
     ) -> None:
         self.hop = hop
         self.connection = connection

@@ -85,7 +85,6 @@ class Watched:
         self._folder = tempfile.TemporaryDirectory(prefix="swarm-chaos-")
         self.client: SwarmClient | None = None
         self._network: HivemindNetwork | None = None
-        self._watched_network: Network | None = None
 
     async def connect(self, peers: Sequence[str], listen_ip: str = "127.0.0.1") -> None:
         """Join the swarm. Raises NetworkError."""
@@ -103,15 +102,18 @@ class Watched:
             ),
         )
         self._network = network
-        self._watched_network = cast(Network, WatchedNetwork(network, self._listener))
-        self.client = SwarmClient(self._watched_network, observer=self.metrics)
+        self.client = self._new_client(network)
 
     async def forget(self) -> None:
         """Be a client that has not met any node: those that were slow are avoided for minutes."""
-        if self.client is None or self._watched_network is None:
+        if self.client is None or self._network is None:
             raise RuntimeError("connect first")
         await self.client.close()
-        self.client = SwarmClient(self._watched_network, observer=self.metrics)
+        self.client = self._new_client(self._network)
+
+    def _new_client(self, network: HivemindNetwork) -> SwarmClient:
+        watched = cast(Network, WatchedNetwork(network, self._listener))
+        return SwarmClient(watched, observer=self.metrics)
 
     @property
     def heals(self) -> int:

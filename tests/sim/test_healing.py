@@ -7,7 +7,8 @@ doubled, reordered or at a wrong position shows in all that follow.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
 
@@ -80,6 +81,17 @@ class Conversation:
     async def run(self, steps: int) -> None:
         for _ in range(steps):
             await self.step()
+
+
+@asynccontextmanager
+async def talking(
+    swarm: Any, toy_blocks: Any, make_tensor: Any, planner: Any, rows: int = 1
+) -> AsyncIterator[tuple[Chain, Conversation]]:
+    """A chain of a swarm that is started; afterwards nothing is left on its nodes."""
+    await swarm.start()
+    async with swarm.chain(planner=planner, maximum_tokens=MAXIMUM_TOKENS, rows=rows) as chain:
+        yield chain, Conversation(chain, 1, rows, toy_blocks, make_tensor)
+    await swarm.assert_nothing_left()
 
 
 Fault = Callable[[Any], Awaitable[None]]
@@ -364,9 +376,8 @@ def test_hops_that_become_slow_are_replaced_if_there_is_something_better(
 ) -> None:
     async def main() -> None:
         swarm = toy_swarm(SPANS, settings=LINKS)
-        await swarm.start()
-        async with swarm.chain(*CHAIN, maximum_tokens=MAXIMUM_TOKENS) as chain:
-            talk = Conversation(chain, 1, 1, toy_blocks, make_tensor)
+        planner = swarm.planner(*CHAIN)
+        async with talking(swarm, toy_blocks, make_tensor, planner) as (chain, talk):
             for _ in range(steps_before):
                 await talk.step(1)
             for index, node in enumerate(swarm.nodes):
@@ -375,7 +386,6 @@ def test_hops_that_become_slow_are_replaced_if_there_is_something_better(
             for hop in slow:
                 replaced = await is_replaced(swarm, chain, talk, hop, within_steps=20)
                 assert replaced == (not others_are_slow)
-        await swarm.assert_nothing_left()
 
     virtual_time.run(main())
 
@@ -393,14 +403,11 @@ def test_a_hop_that_is_slow_from_the_start_is_measured_by_its_promise(
         swarm = toy_swarm(SPANS, settings=LINKS)
         for index, node in enumerate(swarm.nodes):
             node.engine.step_s = 0.5 if index == 1 or all_are_slow else 0.004
-        await swarm.start()
         planner = swarm.planner(*CHAIN)
         planner.promised_block_s = 0.002
-        async with swarm.chain(planner=planner, maximum_tokens=MAXIMUM_TOKENS, rows=rows) as chain:
-            talk = Conversation(chain, 1, rows, toy_blocks, make_tensor)
+        async with talking(swarm, toy_blocks, make_tensor, planner, rows) as (chain, talk):
             replaced = await is_replaced(swarm, chain, talk, 1, within_steps=40)
             assert replaced == (rows == 1 and not all_are_slow)
-        await swarm.assert_nothing_left()
 
     virtual_time.run(main())
 
@@ -410,14 +417,12 @@ def test_the_only_hop_of_a_chain_is_replaced_when_it_becomes_slow(
 ) -> None:
     async def main() -> None:
         swarm = toy_swarm(((0, 6), (0, 6)), settings=LINKS)
-        await swarm.start()
-        async with swarm.chain(0, maximum_tokens=MAXIMUM_TOKENS) as chain:
-            talk = Conversation(chain, 1, 1, toy_blocks, make_tensor)
+        planner = swarm.planner(0)
+        async with talking(swarm, toy_blocks, make_tensor, planner) as (chain, talk):
             for _ in range(5):
                 await talk.step(1)
             swarm.nodes[0].engine.step_s = 0.5
             assert await is_replaced(swarm, chain, talk, 0, within_steps=20)
-        await swarm.assert_nothing_left()
 
     virtual_time.run(main())
 
@@ -429,9 +434,8 @@ def test_a_hop_behind_a_link_that_became_slow_is_replaced(
 
     async def main() -> None:
         swarm = toy_swarm(SPANS, settings=LINKS)
-        await swarm.start()
-        async with swarm.chain(*CHAIN, maximum_tokens=MAXIMUM_TOKENS) as chain:
-            talk = Conversation(chain, 1, 1, toy_blocks, make_tensor)
+        planner = swarm.planner(*CHAIN)
+        async with talking(swarm, toy_blocks, make_tensor, planner) as (chain, talk):
             for _ in range(20):
                 await talk.step(1)
             behind = swarm.nodes[1].peer.peer_id
@@ -439,7 +443,6 @@ def test_a_hop_behind_a_link_that_became_slow_is_replaced(
             for other in (swarm.client.peer_id, *others):
                 swarm.network.set_link(behind, other, LinkSettings(latency_s=0.3))
             assert await is_replaced(swarm, chain, talk, 1, within_steps=20)
-        await swarm.assert_nothing_left()
 
     virtual_time.run(main())
 
@@ -452,18 +455,15 @@ def test_replacing_stragglers_that_never_helps_is_done_less_and_less(
 
     async def main() -> None:
         swarm = toy_swarm(spans, settings=LINKS)
-        await swarm.start()
         for index in (1, 3, 4):
             swarm.nodes[index].engine.step_s = 8.0
         planner = swarm.planner(*CHAIN)
         planner.promised_block_s = 0.004
-        async with swarm.chain(planner=planner, maximum_tokens=MAXIMUM_TOKENS) as chain:
-            talk = Conversation(chain, 1, 1, toy_blocks, make_tensor)
+        async with talking(swarm, toy_blocks, make_tensor, planner) as (_, talk):
             started_s = swarm.clock.monotonic_s()
             while swarm.clock.monotonic_s() < started_s + 1000:
                 await talk.step(1)
             assert 3 <= len(planner.failures) <= 5
-        await swarm.assert_nothing_left()
 
     virtual_time.run(main())
 
